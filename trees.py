@@ -1,0 +1,236 @@
+"""Prompt trees: one context, computed once, with all its continuations packed into one row.
+
+A tree is a context with branches: a few prompt endings, under each a few responses. `pack` walks a
+forest depth first and lays all tokens in one row. Every token knows its predecessor (`parent`), the
+position it would have in an ordinary row (`position_ids`) and the last index of the subtree below it
+(`last`). Token i may attend to token j if and only if
+
+    j <= i <= last[j]
+
+which holds exactly when j lies on the path from the root of i's tree to i. That comparison keeps
+branches and packed trees apart, so per-token log-probabilities equal those of padded rows to
+rounding, and each shared token is computed once.
+
+Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are needed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+CONTEXT, LIKELIHOOD, UNLIKELIHOOD = 0, 1, 2  # the role of a segment's tokens in a loss
+
+
+@dataclass
+class Segment:
+    """A run of tokens with children.
+
+    role: CONTEXT tokens carry no loss; the others are scored.
+    weights: one number a token, or None for 1 everywhere; tokens of weight 0 are not scored.
+    branch: the caller's label of this segment (a possibility number, the index of a response).
+    """
+
+    input_ids: list[int]
+    role: int = CONTEXT
+    weights: list[float] | None = None
+    branch: int = -1
+    children: list[Segment] = field(default_factory=list)
+
+
+@dataclass
+class Tree:
+    """What one data row teaches or asks: the root segment, and how many turns did not fit."""
+
+    root: Segment
+    dropped_turns: int = 0
+
+
+def walk(segment: Segment, above: tuple[Segment, ...] = ()) -> Iterator[tuple[Segment, ...]]:
+    """Yield the path from the root to every segment, depth first, parents before children."""
+    path = (*above, segment)
+    yield path
+    for child in segment.children:
+        yield from walk(child, path)
+
+
+def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) -> Segment:
+    """A segment of the tokens that all prompts share, with one child per prompt for its own rest.
+
+    A single prompt, or equal prompts without labels, need no children.
+    """
+    shared = min(len(p) for p in prompts)
+    for column in range(shared):
+        if any(p[column] != prompts[0][column] for p in prompts):
+            shared = column
+            break
+    if branches is None:
+        assert all(p == prompts[0] for p in prompts), "different prompts need branch labels"
+        return Segment(prompts[0])
+    shared = min(shared, min(len(p) for p in prompts) - 1)  # every branch keeps a token of its own
+    ends = [Segment(p[shared:], branch=b) for p, b in zip(prompts, branches, strict=True)]
+    return Segment(prompts[0][:shared], children=ends)
+
+
+def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
+    """Lay a forest into one row.
+
+    Returns input_ids, position_ids (1, T); parent, last (T,), parent -1 at a tree's first token; and
+    for the scored tokens: token, role, branch, row (S,) integers and weight (S,), where `token` is
+    the index in the packed row, `branch` the label of the segment and `row` the index of the tree.
+    num_rows is the number of trees.
+    """
+    trees = list(trees)
+    input_ids, position, parent, last = [], [], [], []
+    scored = []  # (token, role, weight, branch, row)
+
+    def lay(segment: Segment, previous: int, depth: int, row: int) -> None:
+        first = len(input_ids)
+        for i, token in enumerate(segment.input_ids):
+            weight = 1.0 if segment.weights is None else segment.weights[i]
+            if segment.role != CONTEXT and weight:
+                scored.append((first + i, segment.role, weight, segment.branch, row))
+            input_ids.append(token)
+            position.append(depth + i)
+            parent.append(previous if i == 0 else first + i - 1)
+        last.extend([0] * len(segment.input_ids))
+        own = range(first, len(input_ids))
+        end = own[-1] if own else previous
+        for child in segment.children:
+            lay(child, end, depth + len(own), row)
+        for i in own:
+            last[i] = len(input_ids) - 1
+
+    for row, tree in enumerate(trees):
+        assert tree.root.input_ids and tree.root.role == CONTEXT, "a tree starts with its context"
+        lay(tree.root, -1, 0, row)
+    token, role, weight, branch, row = zip(*scored, strict=True) if scored else ((),) * 5
+    return {
+        "input_ids": torch.tensor([input_ids]),
+        "position_ids": torch.tensor([position]),
+        "parent": torch.tensor(parent),
+        "last": torch.tensor(last),
+        "token": torch.tensor(token, dtype=torch.long),
+        "role": torch.tensor(role, dtype=torch.long),
+        "weight": torch.tensor(weight, dtype=torch.float32),
+        "branch": torch.tensor(branch, dtype=torch.long),
+        "row": torch.tensor(row, dtype=torch.long),
+        "num_rows": len(trees),
+    }
+
+
+def attention_mask(last: Tensor, implementation: str = "sdpa"):
+    """The attention rule, as the boolean (1, 1, T, T) matrix of SDPA or as FlexAttention's BlockMask.
+
+    True = may attend. FlexAttention never builds the matrix, so memory grows with T instead of T^2.
+    """
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        length = len(last)
+        return create_block_mask(mask_mod(last), None, None, length, length, device=last.device)
+    index = torch.arange(len(last), device=last.device)
+    query, key = index[:, None], index[None, :]
+    return ((key <= query) & (query <= last[None, :]))[None, None]
+
+
+def mask_mod(last: Tensor):
+    """The attention rule in the form that FlexAttention compiles into its kernel."""
+
+    def rule(batch, head, query, key):
+        return (key <= query) & (query <= last[key])
+
+    return rule
+
+
+def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -> Tensor:
+    """Log-probabilities (S,) in nats, float32, of a packed batch's scored tokens.
+
+    The logits that predict token i stand at parent[i], so only the distinct parents of scored tokens
+    are asked of the model (`logits_to_keep`), through its ordinary forward: wrappers such as DDP,
+    FSDP and PEFT stay intact. The full (T, V) logits are never built.
+    """
+    parents = batch["parent"][batch["token"]]
+    positions, place = torch.unique(parents, return_inverse=True)  # (P,), (S,)
+    if not len(positions):  # nothing to score; keep the graph, so that DDP sees every parameter
+        positions = batch["parent"].new_zeros(1)
+    logits = model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=attention_mask(batch["last"], implementation),
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits[0].float()  # (P, V)
+    targets = batch["input_ids"][0, batch["token"]]
+    return logits[place, targets] - logits.logsumexp(-1)[place]
+
+
+def sum_by_row(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """Sum values (S,) into their rows (num_rows,)."""
+    return values.new_zeros(num_rows).index_add(0, row, values)
+
+
+def ordinary_rows(tree: Tree) -> list[dict]:
+    """The same tree as ordinary rows, one per scored segment, each with a context of its own.
+
+    The slow reference of the tests and the baseline of the speed benchmark. Each row has input_ids
+    (list), scored (indices into the row), role, weight (lists) and branch.
+    """
+    rows = []
+    for path in walk(tree.root):
+        segment = path[-1]
+        if segment.role == CONTEXT:
+            continue
+        prefix = [t for part in path[:-1] for t in part.input_ids]
+        weights = segment.weights or [1.0] * len(segment.input_ids)
+        keep = [i for i, w in enumerate(weights) if w]
+        rows.append({
+            "input_ids": prefix + segment.input_ids,
+            "scored": [len(prefix) + i for i in keep],
+            "weight": [weights[i] for i in keep],
+            "role": segment.role,
+            "branch": segment.branch,
+        })
+    return rows
+
+
+def prefill(model, trees: list[Tree], pad_id: int) -> tuple[Tensor, Tensor, object]:
+    """Compute the contexts of several trees once and hand each branch its own copy of the cache.
+
+    Returns input_ids and attention_mask (B, L) of all B = rows x branches sequences and the key/value
+    cache of their contexts, ready for `model.generate(input_ids, attention_mask=, past_key_values=)`.
+    Contexts and branch ends are left-padded apart, so a sequence may have pads in its middle; they are
+    masked, and positions count real tokens only. All trees must have the same number of branches.
+    """
+    contexts = [tree.root.input_ids for tree in trees]
+    ends = [[child.input_ids for child in tree.root.children] for tree in trees]
+    num_branches = len(ends[0])
+    assert num_branches and all(len(e) == num_branches for e in ends), "branches must match"
+    device = model.device
+    context_ids, context_mask = left_pad(contexts, pad_id, device)
+    cache = model(
+        input_ids=context_ids,
+        attention_mask=context_mask,
+        position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=1,
+        use_cache=True,
+    ).past_key_values
+    cache.batch_repeat_interleave(num_branches)
+    end_ids, end_mask = left_pad([e for row in ends for e in row], pad_id, device)
+    repeat = torch.arange(len(trees), device=device).repeat_interleave(num_branches)
+    return (
+        torch.cat([context_ids[repeat], end_ids], dim=1),
+        torch.cat([context_mask[repeat], end_mask], dim=1),
+        cache,
+    )
+
+
+def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
+    """Token rows of different lengths as (B, L) input_ids and attention_mask, padded on the left."""
+    length = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
