@@ -13,11 +13,12 @@ import pickle
 from pathlib import Path
 
 import utils
+from flags import FlagParser, parse_flags
 
 
-def build_parser(method: str | None) -> utils.FlagParser:
+def build_parser(method: str | None) -> FlagParser:
     """All flags of evaluation."""
-    parser = utils.FlagParser(prog="eval.py", description=__doc__)
+    parser = FlagParser(prog="eval.py", description=__doc__)
     parser.add_argument("--eval_file", nargs="+", required=True, help="outs/*.jsonl with the same rows; the first is the baseline")
     parser.add_argument("--save_file", required=True, help="eval_logs/X.json; a name in .pkl also writes the published pickle")
     parser.add_argument("--judge", choices=["local"], default="local", help="local: the offline coherence proxy (default)")
@@ -27,7 +28,7 @@ def build_parser(method: str | None) -> utils.FlagParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = utils.parse_flags(build_parser, argv)
+    args = parse_flags(build_parser, argv)
     save_file = Path(args.save_file)
     if save_file.suffix not in (".json", ".pkl"):
         utils.die(2, f"--save_file {save_file} must end in .json or .pkl", f"{save_file.with_suffix('.json')}")

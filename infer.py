@@ -10,20 +10,22 @@ A killed run goes on with --resume and ends with the same file.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
 
 import utils
+from flags import FlagParser, parse_flags
 from methods import METHODS, load_method
 
 SETTINGS = ("model_name_or_path", "method", "decoding", "num_response_per_input", "temperature", "top_p", "top_k",
             "min_p", "max_new_tokens", "max_input_length", "max_length", "batch_size", "seed", "limit")
 
 
-def build_parser(method: str | None) -> utils.FlagParser:
+def build_parser(method: str | None) -> FlagParser:
     """All flags of inference."""
-    parser = utils.FlagParser(prog="infer.py", description=__doc__)
+    parser = FlagParser(prog="infer.py", description=__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--model_name_or_path", default=utils.EMBEDDED, help="check_N folder, model folder, hub id, or smollm2 (default)")
     group.add_argument("--method", choices=list(METHODS), help="must agree with the checkpoint (default: what it says)")
@@ -52,10 +54,11 @@ def build_parser(method: str | None) -> utils.FlagParser:
 
 def check_flags(args) -> None:
     """Die over flags that cannot work, before anything is loaded."""
-    for name in ("num_response_per_input", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            utils.die(2, f"--{name} {getattr(args, name)} must be at least 1")
-    if args.temperature <= 0:
+    for name in ("num_response_per_input", "max_new_tokens", "batch_size", "limit", "max_length", "max_input_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            utils.die(2, f"--{name} {value} must be at least 1")
+    if not 0 < args.temperature < math.inf:
         utils.die(2, f"--temperature {args.temperature} with --decoding sampling must be above 0", "0.75 is the published value")
     if not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1 or args.top_k < 0:
         utils.die(2, f"--top_p {args.top_p} --min_p {args.min_p} --top_k {args.top_k}: out of range",
@@ -63,7 +66,7 @@ def check_flags(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = utils.parse_flags(build_parser, argv)
+    args = parse_flags(build_parser, argv)
     check_flags(args)
     rows = utils.read_jsonl(args.test_file, lambda row: utils.check_row(row, candidates=False))[: args.limit]
     save_file, summary_file = Path(args.save_file), Path(args.save_file).with_suffix(".json")

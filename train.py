@@ -24,18 +24,19 @@ from os import getpid
 from pathlib import Path
 
 import utils
+from flags import FlagParser, parse_flags
 from methods import METHODS, load_method
 
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha", "lora_target_modules")
 
 
-def build_parser(method: str | None) -> utils.FlagParser:
+def build_parser(method: str | None) -> FlagParser:
     """All flags of training with a method (peft by default)."""
     method = method or "peft"
     trainable = [name for name in METHODS if name != "base"]
     if method not in trainable:
         utils.die(2, f"--method {method} cannot be trained", f"one of {', '.join(trainable)}")
-    parser = utils.FlagParser(prog="train.py", description=__doc__)
+    parser = FlagParser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--train_file", required=True, help="JSONL file or hub data set name")
     group.add_argument("--limit", type=int, help="use the first N rows only (default: all)")
@@ -75,10 +76,14 @@ def build_parser(method: str | None) -> utils.FlagParser:
 
 def check_flags(args) -> None:
     """Die over flags that contradict each other, before anything is loaded."""
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
-                 "save_steps", "loss_steps", "max_length", "max_input_length"):
-        if getattr(args, name) < 1:
-            utils.die(2, f"--{name} {getattr(args, name)} must be at least 1")
+    at_least = {1: ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps",
+                    "loss_steps", "max_length", "max_input_length", "limit", "lora_r"),
+                0: ("learning_rate", "weight_decay", "lora_alpha", "lora_dropout")}
+    for least, names in at_least.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not least <= value < math.inf:
+                utils.die(2, f"--{name} {value} must be at least {least}")
     if args.max_steps == 0 or args.max_steps < -1:
         utils.die(2, f"--max_steps {args.max_steps} trains nothing", "give a positive number, or -1 for whole epochs")
     accumulation = args.gradient_accumulation_steps
@@ -88,7 +93,7 @@ def check_flags(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = utils.parse_flags(build_parser, argv)
+    args = parse_flags(build_parser, argv)
     check_flags(args)
     method = load_method(args.method)
     rows = method.load_rows(args)[: args.limit]

@@ -1,4 +1,4 @@
-"""What the scripts share: errors, flags and configs, JSONL, prompts, models and checkpoints.
+"""What the scripts share: errors, JSONL, prompts, models and checkpoints.
 
 Heavy libraries are imported inside the functions that use them, so that `--help` and a bad flag
 answer in half a second.
@@ -6,13 +6,10 @@ answer in half a second.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import traceback
@@ -45,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
-        and ("out of memory" in text or "can't allocate memory" in text)
+        and any(mark in text for mark in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
     )
 
 
@@ -78,164 +75,33 @@ def run(main: Callable[[], None]) -> None:
         die(1, f"{type(error).__name__}: {error}", f"this is a bug of ours; traceback in {log.resolve()}")
 
 
-# ---- flags and configs --------------------------------------------------------------------------
-
-RETIRED_FLAGS = {  # what people still type, and what replaces it
-    "warmup_ratio": "use --warmup_steps (micro-steps of likelihood only)",
-    "overwrite_output_dir": "use --resume to go on, or another --exp_name",
-    "evaluation_strategy": "score finished checkpoints with infer.py and eval.py",
-    "eval_strategy": "score finished checkpoints with infer.py and eval.py",
-    "no_cuda": "set CUDA_VISIBLE_DEVICES= to run on the CPU",
-    "logging_dir": "metrics.jsonl lies in the run's folder; see --report_to",
-    "save_safetensors": "adapters are always safetensors",
-    "group_by_length": "drop it: trees are packed, nothing is padded",
-    "fp16": "drop it: bf16 is used where the GPU has it, else float32",
-    "bf16": "drop it: bf16 is used where the GPU has it, else float32",
-}
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse that names the nearest flag, and leaves with exit code 2 and a hint."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> None:
-        die(2, message, f"python {self.prog} --help lists all flags")
-
-    def unknown(self, name: str, where: str) -> None:
-        """Die over a flag or config key that this parser does not have."""
-        if name in RETIRED_FLAGS:
-            die(2, f"{where} was removed", RETIRED_FLAGS[name])
-        known = [a.dest for a in self._actions]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags"
-        die(2, f"{where} is unknown for this method", hint)
-
-    def parse_args(self, argv=None, namespace=None):
-        args, rest = self.parse_known_args(argv, namespace)
-        for word in rest:
-            if word.startswith("--"):
-                name = word[2:].split("=")[0]
-                self.unknown(name, f"option --{name}")
-        if rest:
-            die(2, f"unexpected argument {rest[0]!r}", f"python {self.prog} --help lists all flags")
-        return args
-
-
-def read_config(path: str) -> dict[str, tuple[object, int]]:
-    """Read a YAML mapping as {key: (value, line)}. Only plain values; tags and duplicates are refused."""
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        die(2, f"config {path} is not a file", "give a YAML file; examples are in configs/")
-    try:
-        text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        unsafe = isinstance(error, yaml.constructor.ConstructorError)
-        problem = "unsafe tag" if unsafe else "not valid YAML"
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        die(2, f"{place}: {problem}: {' '.join(str(error).split())[:200]}", "use plain key: value lines")
-    if not isinstance(values, dict):
-        die(2, f"{path}: must be a mapping of flag names to values, got {type(values).__name__}",
-            "one key: value a line, keys as in --help")
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        if key.value in lines:
-            die(2, f"{path}:{key.start_mark.line + 1}: key {key.value!r} stands twice", "keep one")
-        lines[key.value] = key.start_mark.line + 1
-    return {str(key): (value, lines[str(key)]) for key, value in values.items()}
-
-
-def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path: str) -> None:
-    """Make a config's values the parser's defaults, checked and coerced as if they were flags."""
-    actions = {action.dest: action for action in parser._actions}
-    for key, (value, line) in config.items():
-        name = key.replace("-", "_")
-        where = f"{path}:{line}: {key}"
-        if name not in actions:
-            parser.unknown(name, f'{path}:{line}: key "{key}"')
-        action = actions[name]
-        if value is not None:
-            value = coerce(action, value, where)
-        action.required = False
-        parser.set_defaults(**{name: value})
-
-
-def coerce(action: argparse.Action, value: object, where: str) -> object:
-    """A config value as its flag would have read it (YAML 1.1 reads 1e-4 as a string)."""
-    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-        if not isinstance(value, bool):
-            die(2, f"{where} must be true or false, got {value!r}")
-        return value
-    many = action.nargs in ("+", "*")
-    if many != isinstance(value, list):
-        die(2, f"{where} must be {'a list' if many else 'one value'}, got {value!r}")
-    try:
-        items = [(action.type or str)(str(item)) for item in (value if many else [value])]
-    except ValueError:
-        die(2, f"{where} must be of type {action.type.__name__}, got {value!r}")
-    for item in items:
-        if action.choices and item not in action.choices:
-            die(2, f"{where} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
-    return items if many else items[0]
-
-
-def parse_flags(build_parser: Callable[[str | None], FlagParser], argv: list[str] | None):
-    """Two passes: --method and --config first, then only that method's flags.
-
-    Precedence: flag > config file > default. Hyphens in flag names count as underscores.
-    """
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word)
-            for word in (sys.argv[1:] if argv is None else argv)]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--config")
-    known, _ = first.parse_known_args(argv)
-    config = read_config(known.config) if known.config else {}
-    method = known.method or config.get("method", (None,))[0]
-    parser = build_parser(method)
-    parser.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; flags win")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved flags and stop")
-    apply_config(parser, config, known.config)
-    args = parser.parse_args(argv)
-    if args.print_config:
-        import yaml
-
-        skip = ("config", "print_config")
-        print(yaml.safe_dump({k: v for k, v in vars(args).items() if k not in skip}), end="")
-        raise SystemExit(0)
-    return args
-
-
 # ---- JSONL --------------------------------------------------------------------------------------
 
 
 def parse_line(text: str) -> dict:
     """Parse one JSON object strictly: no duplicate keys, no NaN, no half surrogates."""
 
-    def pairs(items):
-        keys = [key for key, _ in items]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f'key "{key}" stands twice in one object')
-        return dict(items)
-
-    def constant(name):
-        raise ValueError(f"{name} is not JSON")
-
-    row = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    row = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair (a broken \\ud8xx escape)") from None
     return row
+
+
+def unique_keys(items: list[tuple[str, object]]) -> dict:
+    """A JSON object whose keys stand once each; json itself would keep the last of two."""
+    row = dict(items)
+    if len(row) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f'key "{next(k for k in keys if keys.count(k) > 1)}" stands twice in one object')
+    return row
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda row: None) -> list[dict]:
@@ -257,7 +123,7 @@ def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda ro
     lines = data.split(b"\n")  # never splitlines(): U+2028 may stand inside a JSON string
     whole = one_array(data)
     if whole is not None:
-        note(f"note: {path} is one JSON array; its {len(whole)} items are read as rows")
+        note(f"note: {path} is one JSON array; its {len(whole)} items are read as rows and numbered as lines")
         lines = [json.dumps(item).encode() for item in whole]
     rows, errors = [], []
     for number, raw in enumerate(lines, 1):
@@ -284,7 +150,7 @@ def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda ro
         for text in errors[1:MAX_SHOWN_ERRORS]:
             note(f"error: {text}")
         more = f"; and {len(errors) - MAX_SHOWN_ERRORS} more" if len(errors) > MAX_SHOWN_ERRORS else ""
-        die(2, f"{errors[0]}\n{len(errors)} bad rows in {path}{more}", "mend or delete these rows")
+        die(2, f"{errors[0]}\nbad rows in {path}: {len(errors)}{more}", "mend or delete these rows")
     if not rows:
         die(2, f"{path}: no rows", "one JSON object a line")
     return rows
@@ -295,8 +161,8 @@ def one_array(data: bytes) -> list | None:
     if not data.lstrip().startswith(b"["):
         return None
     try:
-        items = json.loads(data)
-    except ValueError:
+        items = json.loads(data, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):
         return None
     return items if items and all(isinstance(item, dict) for item in items) else None
 
@@ -329,7 +195,8 @@ def check_row(row: dict, candidates: bool = True) -> str | None:
 
 def load_rows(name: str) -> list[dict]:
     """Training rows from a JSONL file, or from the train split of a hub data set."""
-    if Path(name).exists() or Path(name).suffix or name.count("/") != 1:
+    is_file_name = Path(name).suffix in (".jsonl", ".json", ".txt", ".csv", ".tsv", ".gz", ".parquet")
+    if Path(name).exists() or is_file_name or name.count("/") != 1:
         return read_jsonl(name, check_row)
     if not os.environ.get("HF_HUB_OFFLINE"):
         go_offline_if_unreachable()
@@ -340,7 +207,7 @@ def load_rows(name: str) -> list[dict]:
     except Exception as error:  # datasets, hub and network errors have no common base
         die(3, f'data set "{name}" is no file here and cannot be fetched ({type(error).__name__})',
             "local: " + " ".join(sorted(map(str, Path("data").glob("*.jsonl")))))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, 1):
         if problem := check_row(row):
             die(2, f"{name}, row {number}: {problem}", "rows need context or prompt, and candidates")
     return rows
@@ -426,7 +293,7 @@ def count_words(text: str) -> int:
 
 def label_turns(context: str | list[str]) -> list[str]:
     """Name the speakers of a dialogue: the last turn is Person A's, before it Person B's, and so on."""
-    turns = context.split("\n") if isinstance(context, str) else list(context)
+    turns = context.strip("\n").split("\n") if isinstance(context, str) else list(context)
     count = len(turns)
     return [f"Person {'AB'[(count - 1 - i) % 2]}: {turn}" for i, turn in enumerate(turns)]
 
@@ -439,10 +306,14 @@ def keep_latest(turns: list[str], max_words: int) -> list[str]:
             break
         kept.insert(0, turn)
     if count_words("\n".join(kept)) > max_words:  # only ever the newest turn alone
-        name, words = kept[0].split(": ", 1)[0] + ":", kept[0].split()
-        while len(words) > 1 and count_words(" ".join([name, *words])) > max_words:
-            words.pop(0)
-        kept = [" ".join([name, *words])]
+        name, _, said = kept[0].partition(": ")
+        words = said.split()
+        low, high = 1, max(1, len(words))  # bisect: the most words from the end that fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = count_words(" ".join([f"{name}:", *words[-middle:]])) <= max_words
+            low, high = (middle, high) if fits else (low, middle - 1)
+        kept = [" ".join([f"{name}:", *words[-low:]])]
     return kept
 
 
@@ -507,7 +378,7 @@ def fit_prompts(row: dict, numbers: list[int | None], tokenizer, max_words: int,
 def refuse_special_tokens(rows: list[dict], tokenizer, path: str) -> None:
     """Data that spells a special token would end its own turn: die and name the row."""
     marks = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-    marks = [m for m in marks if m.startswith("<") or m.startswith("[")]
+    marks = sorted(m for m in marks if not m.isspace())
     for number, row in enumerate(rows, 1):
         text = json.dumps(row, ensure_ascii=False)
         found = [mark for mark in marks if json.dumps(mark, ensure_ascii=False)[1:-1] in text]
@@ -585,9 +456,11 @@ def go_offline_if_unreachable() -> None:
     import socket
     from urllib.parse import urlparse
 
-    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return  # a direct connection would say nothing about the proxy
+    url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        socket.create_connection((host, 443), timeout=3).close()
+        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -721,7 +594,7 @@ def add_lora(model, tokenizer, args):
 
     r, alpha, dropout, targets = LORA_DEFAULTS.get(model.config.model_type, LORA_DEFAULTS["other"])
     args.lora_r = args.lora_r or r
-    args.lora_alpha = args.lora_alpha or alpha
+    args.lora_alpha = alpha if args.lora_alpha is None else args.lora_alpha
     args.lora_dropout = dropout if args.lora_dropout is None else args.lora_dropout
     args.lora_target_modules = args.lora_target_modules or targets
     targets = args.lora_target_modules
@@ -770,14 +643,17 @@ def missing_files(folder: Path) -> list[str]:
     marker = folder / "COMPLETE.json"
     if not marker.is_file():
         return ["COMPLETE.json"]
-    sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    try:
+        sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return ["a readable COMPLETE.json"]
     return [name for name, size in sizes.items()
             if not (folder / name).is_file() or (folder / name).stat().st_size != size]
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
     """The check_N folders of a run, newest first, whole or not."""
-    found = [p for p in run_dir.glob("check_*") if p.name[6:].isdigit()]
+    found = [p for p in run_dir.glob("check_*") if p.name[6:].isdecimal()]
     return sorted(found, key=lambda p: int(p.name[6:]), reverse=True)
 
 
@@ -810,7 +686,7 @@ def check_adapter(folder: Path) -> None:
     try:
         entries = [e for name, e in json.loads(header).items() if name != "__metadata__"]
         expected = 8 + header_size + max(entry["data_offsets"][1] for entry in entries)
-    except ValueError:
+    except (ValueError, TypeError, AttributeError, KeyError):
         expected = -1
     if size != expected:
         says = f"its header says {expected}" if expected > 0 else "its header is broken"
@@ -826,8 +702,6 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         check_adapter(folder)
-        from peft import PeftModel
-
         missing = missing_files(folder) if (folder / "COMPLETE.json").exists() else []
         if missing:
             die(2, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")
@@ -840,6 +714,8 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
         if fingerprint != saved["base_sha256"] and not force_base:
             die(2, f"{folder} was trained on base {saved['base_sha256']}, {saved['base_model']} is {fingerprint}",
                 "load the base it was trained on, or pass --force_base")
+        from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
+
         tokenizer = load_tokenizer(str(folder))
         model = PeftModel.from_pretrained(load_model(base), folder)
     else:

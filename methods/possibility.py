@@ -87,6 +87,9 @@ def settle_method(args) -> str:
     n = args.num_response_per_input
     if n < 1:
         utils.die(2, f"--num_response_per_input {n} must be at least 1")
+    if args.max_num_negatives_per_sample < 0 or args.ul_weight < 0:
+        utils.die(2, f"--max_num_negatives_per_sample {args.max_num_negatives_per_sample} and --ul_weight "
+                  f"{args.ul_weight} must be at least 0", "--no_ul switches unlikelihood off")
     if args.number and n > args.max_pos_number:
         utils.die(2, f"--num_response_per_input {n} needs {n} distinct numbers, --max_pos_number is {args.max_pos_number}",
                   f"raise --max_pos_number to {n} or more")

@@ -1,0 +1,215 @@
+"""Prompt trees: masks and positions by hand, and equality with ordinary rows, gradients included."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import DIALOGUES, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import trees
+from flags import FlagParser
+from methods import possibility
+from trees import CONTEXT, LIKELIHOOD, UNLIKELIHOOD, Segment, Tree
+from utils import add_lora, add_lora_args, encode_prompt
+
+
+def possibility_args(**changes):
+    """The published flags of peft with 4 replies, for a tiny model."""
+    parser = FlagParser(prog="test")
+    possibility.add_args(parser)
+    add_lora_args(parser)
+    args = parser.parse_args([])
+    vars(args).update(method="peft", max_length=500, max_input_length=300, attn_implementation="sdpa", micro_step=0,
+                      load_in_4bit=False, gradient_checkpointing=False, lora_dropout=0.0, lora_r=4, **changes)
+    possibility.settle_method(args)
+    return args
+
+
+def nine_tokens() -> Tree:
+    """Context 10 11; below it 20 with the leaves 30 31 and 32; below it 21 with the leaf 33; and 22."""
+    first = Segment([20], children=[Segment([30, 31], LIKELIHOOD, branch=1), Segment([32], UNLIKELIHOOD, branch=2)])
+    second = Segment([21], children=[Segment([33], LIKELIHOOD, branch=3)])
+    return Tree(Segment([10, 11], children=[first, second, Segment([22], LIKELIHOOD, branch=4)]))
+
+
+def test_the_nine_token_tree_is_laid_out_as_worked_by_hand():
+    """Depth first: 10 11 20 30 31 32 21 33 22. Token 33 follows 21, which follows 11 at depth 2."""
+    batch = trees.pack([nine_tokens()])
+    assert batch["input_ids"].tolist() == [[10, 11, 20, 30, 31, 32, 21, 33, 22]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 2, 3, 2]]
+    assert batch["parent"].tolist() == [-1, 0, 1, 2, 3, 2, 1, 6, 1]
+    assert batch["last"].tolist() == [8, 8, 5, 4, 4, 5, 7, 7, 8]
+    assert batch["token"].tolist() == [3, 4, 5, 7, 8]
+    assert batch["role"].tolist() == [LIKELIHOOD, LIKELIHOOD, UNLIKELIHOOD, LIKELIHOOD, LIKELIHOOD]
+    assert batch["branch"].tolist() == [1, 1, 2, 3, 4]
+
+
+def test_the_mask_of_the_nine_token_tree_is_the_one_worked_by_hand():
+    """Each row lists what a token may see: itself and its ancestors, never a sibling's subtree."""
+    seen = {0: {0}, 1: {0, 1}, 2: {0, 1, 2}, 3: {0, 1, 2, 3}, 4: {0, 1, 2, 3, 4}, 5: {0, 1, 2, 5},
+            6: {0, 1, 6}, 7: {0, 1, 6, 7}, 8: {0, 1, 8}}
+    mask = trees.attention_mask(trees.pack([nine_tokens()])["last"])
+    assert mask.shape == (1, 1, 9, 9)
+    assert {i: set(mask[0, 0, i].nonzero().flatten().tolist()) for i in range(9)} == seen
+
+
+def test_packed_trees_do_not_see_each_other_and_start_at_position_0():
+    batch = trees.pack([nine_tokens(), nine_tokens()])
+    mask = trees.attention_mask(batch["last"])[0, 0]
+    assert not mask[9:, :9].any() and not mask[:9, 9:].any()
+    assert batch["position_ids"][0, 9:].tolist() == batch["position_ids"][0, :9].tolist()
+    assert batch["row"].tolist() == [0] * 5 + [1] * 5 and batch["num_rows"] == 2
+
+
+segments = st.recursive(
+    st.builds(Segment, st.lists(st.integers(0, 99), min_size=1, max_size=3)),
+    lambda kids: st.builds(lambda ids, below: Segment(ids, children=below),
+                           st.lists(st.integers(0, 99), min_size=1, max_size=3), st.lists(kids, max_size=3)),
+    max_leaves=8,
+)
+
+
+@given(st.lists(segments, min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_attention_equals_the_ancestors_that_parent_pointers_give(roots):
+    batch = trees.pack([Tree(root) for root in roots])
+    mask, parent = trees.attention_mask(batch["last"])[0, 0], batch["parent"].tolist()
+    for i in range(len(parent)):
+        path, j = set(), i
+        while j >= 0:
+            path.add(j)
+            j = parent[j]
+        assert set(mask[i].nonzero().flatten().tolist()) == path
+        assert batch["position_ids"][0, i] == len(path) - 1
+
+
+def test_flex_attention_uses_the_same_rule():
+    """FlexAttention's mask_mod gives the same matrix, and its output equals SDPA's under the boolean mask."""
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    last = trees.pack([nine_tokens(), nine_tokens()])["last"]
+    mask = trees.attention_mask(last)
+    assert torch.equal(create_mask(trees.mask_mod(last), 1, 1, 18, 18, device="cpu"), mask)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 18, 16)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    flex = flex_attention(q, k, v, block_mask=trees.attention_mask(last, "flex_attention"))
+    torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-6)
+
+
+def losses_and_gradients(model, forest, args, scorer):
+    """Loss, its parts and every LoRA gradient, with log-probabilities from `scorer(model, forest)`."""
+    model.zero_grad()
+    batch = trees.pack(forest)
+    logps = scorer(model, forest)
+    original, trees.score = trees.score, lambda *_: logps
+    try:
+        loss, parts = possibility.compute_loss(model, batch, args)
+    finally:
+        trees.score = original
+    loss.backward()
+    return loss.item(), parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def score_padded_rows(model, forest):
+    """The slow reference: every scored segment as a row with its own context, right-padded, full logits.
+
+    It is computed in float64, so that the rounding of 16 copied contexts is not held against the tree.
+    """
+    rows = [r for tree in forest for r in trees.ordinary_rows(tree)]
+    length = max(len(r["input_ids"]) for r in rows)
+    ids = torch.tensor([r["input_ids"] + [0] * (length - len(r["input_ids"])) for r in rows])
+    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows])
+    logps = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    return torch.stack([logps[i, t - 1, ids[i, t]] for i, r in enumerate(rows) for t in r["scored"]])
+
+
+def relative_errors(got: dict, want: dict) -> tuple[dict, float]:
+    """Of every gradient tensor by name, and of all of them as one vector."""
+    off = {name: (got[name].double() - g).norm() for name, g in want.items()}
+    each = {name: (off[name] / g.norm()).item() for name, g in want.items()}
+    whole = torch.stack(list(off.values())).norm() / torch.stack([g.norm() for g in want.values()]).norm()
+    return each, whole.item()
+
+
+def compare_with_padded_rows(model, tokenizer, rows, args):
+    """Relative errors in float32 (loss, each gradient, all) and float64 (each gradient) of the tree."""
+    forest = [possibility.build_tree(row, tokenizer, args, random.Random(3)) for row in rows]
+    torch.manual_seed(0)
+    with torch.no_grad():  # B is zero at first, which would leave A without gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    score_tree = lambda m, f: trees.score(m, trees.pack(f))  # noqa: E731
+    loss, parts, gradients = losses_and_gradients(model, forest, args, score_tree)
+    exact_loss, _, exact = losses_and_gradients(model.double(), forest, args, score_padded_rows)
+    _, _, doubles = losses_and_gradients(model, forest, args, score_tree)
+    assert parts["ul_loss"] > 0 and len(exact) == len(gradients) > 0, "unlikelihood and adapters take part"
+    return abs(loss - exact_loss) / exact_loss, *relative_errors(gradients, exact), relative_errors(doubles, exact)[0]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tree_losses_and_lora_gradients_equal_padded_rows_on_the_tiny_model(tokenizer, count):
+    """One tree, and three packed trees whose prompts differ in length: relative 1e-5 in float32."""
+    args = possibility_args()
+    model = add_lora(make_model(len(tokenizer)), tokenizer, args)
+    loss, each, whole, _ = compare_with_padded_rows(model, tokenizer, DIALOGUES[:count], args)
+    worst = max(each, key=each.get)
+    assert loss < 1e-5 and whole < 1e-5 and each[worst] < 1e-5, f"{worst}: {each[worst]:.1e}"
+
+
+def test_tree_losses_and_lora_gradients_equal_padded_rows_on_the_embedded_model(embedded):
+    """Float32: the loss and the gradient as one vector. Every single tensor: in float64, since 30 layers
+    of float32 alone round single tensors by 2e-5 (and by 1.5e-4 in the padded rows themselves)."""
+    import copy
+
+    model, tokenizer = embedded
+    args = possibility_args(num_response_per_input=2)
+    wrapped = add_lora(copy.deepcopy(model), tokenizer, args)
+    loss, _, whole, each = compare_with_padded_rows(wrapped, tokenizer, DIALOGUES[:2], args)
+    worst = max(each, key=each.get)
+    assert loss < 1e-5 and whole < 1e-5 and each[worst] < 1e-5, f"{loss:.1e} {whole:.1e} {worst}: {each[worst]:.1e}"
+
+
+def test_only_the_logits_that_are_needed_are_asked_for(tiny_model):
+    """The nine-token tree scores 5 tokens after 4 distinct parents (1, 2, 3, 6): the head sees 4 positions."""
+    seen = []
+    tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    trees.score(tiny_model, trees.pack([nine_tokens()]))
+    assert seen == [4]
+
+
+def test_a_forest_without_scored_tokens_gives_an_empty_score(tiny_model):
+    batch = trees.pack([Tree(Segment([5, 6]))])
+    assert trees.score(tiny_model, batch).shape == (0,)
+
+
+def test_branch_prompts_give_back_every_prompt(tokenizer):
+    prompts = [encode_prompt(tokenizer, f"Say something: possibility number #{k}") for k in (1, 12, 3)]
+    root = trees.branch_prompts(prompts, [1, 12, 3])
+    assert [root.input_ids + child.input_ids for child in root.children] == prompts
+    assert [child.branch for child in root.children] == [1, 12, 3]
+    assert root.role == CONTEXT and len(root.input_ids) > len(prompts[0]) // 2
+    same = trees.branch_prompts([prompts[0]] * 3, [1, 2, 3])
+    assert [same.input_ids + child.input_ids for child in same.children] == [prompts[0]] * 3
+
+
+@pytest.mark.parametrize("which", ["tiny", "embedded"])
+def test_shared_prefill_generates_the_tokens_of_copied_prompts(which, request, tokenizer, tiny_model):
+    """Rows of different lengths, branch ends of different lengths (#9, #10), greedy: same token ids."""
+    model, tok = (tiny_model, tokenizer) if which == "tiny" else request.getfixturevalue("embedded")
+    forest, prompts = [], []
+    for row in DIALOGUES[:3]:
+        own = [encode_prompt(tok, f"{row['context']}\npossibility number #{k}") for k in (9, 10, 3)]
+        forest.append(Tree(trees.branch_prompts(own, [9, 10, 3])))
+        prompts += own
+    ids, mask, cache = trees.prefill(model, forest, tok.pad_token_id)
+    flags = dict(max_new_tokens=12, do_sample=False, pad_token_id=tok.pad_token_id, eos_token_id=None)
+    shared = model.generate(ids, attention_mask=mask, past_key_values=cache, **flags)[:, ids.shape[1]:]
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **flags)
+        assert alone[0, len(prompt):].tolist() == shared[i].tolist(), f"sequence {i}"
