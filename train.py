@@ -98,9 +98,16 @@ def main(argv: list[str] | None = None) -> None:
     method = load_method(args.method)
     rows = method.load_rows(args)[: args.limit]
     run_dir = Path(args.output_dir) / args.exp_name
-    if not args.dry_run:
-        claim_run_dir(run_dir, args.resume)
+    lock = None if args.dry_run else claim_run_dir(run_dir, args.resume)
+    try:
+        train(method, rows, run_dir, args)
+    finally:
+        if lock:
+            lock.release()
 
+
+def train(method, rows: list[dict], run_dir: Path, args) -> None:
+    """From rows to the last checkpoint; with --dry_run only up to the trees."""
     base = utils.model_dir(args.model_name)
     tokenizer = utils.load_tokenizer(base, args.chat_template)
     utils.refuse_special_tokens(rows, tokenizer, args.train_file)
@@ -111,6 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         show_examples(method, rows, tokenizer, args)
         return
 
+    from transformers import set_seed
+
+    set_seed(args.seed)  # adapters start from random weights
     model = method.prepare_model(utils.load_model(base, args.attn_implementation, args.load_in_4bit), tokenizer, args)
     run = describe_run(args, base, rows)
     checkpoint = find_resume(run_dir, args, run)
@@ -194,8 +204,11 @@ class TreeStream:
 # ---- the run's folder ---------------------------------------------------------------------------
 
 
-def claim_run_dir(run_dir: Path, resume: str | None) -> None:
-    """Make the run's folder ours: writable, not in use, and empty unless resumed."""
+def claim_run_dir(run_dir: Path, resume: str | None):
+    """Make the run's folder ours: writable, not in use, and empty unless resumed.
+
+    Returns the lock (None in the other processes of a distributed run); the kernel frees it after a kill.
+    """
     from filelock import FileLock, Timeout
 
     try:
@@ -205,19 +218,20 @@ def claim_run_dir(run_dir: Path, resume: str | None) -> None:
     except OSError as error:
         utils.die(2, f"--output_dir {run_dir} cannot be written: {error.strerror}", "give another --output_dir")
     if not is_main_process():
-        return
+        return None
     lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"
     try:
         lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         utils.die(2, f"{run_dir} is in use by {who}", "wait for it, or give another --exp_name")
-    claim_run_dir.lock = lock  # held until the process ends; the kernel frees it after a kill
     owner.write_text(f"pid {getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     shutil.rmtree(run_dir / ".staging", ignore_errors=True)  # half a checkpoint of a killed run
     done = utils.checkpoints_in(run_dir)
     if done and not resume:
+        lock.release()
         utils.die(2, f"{run_dir} already holds {done[0].name}", "--resume goes on with it; another --exp_name starts anew")
+    return lock
 
 
 def is_main_process() -> bool:

@@ -55,13 +55,14 @@ NOTES = (
 )
 WHO = r"(?:every|any|some)(?: )?(?:one|body)"
 GREETING = re.compile(rf"""(?:(?:
-    h+e+l+o+ | h+i+(?:ya)? | h+e+y+(?:[ -]?[oa]+)? | y+o+ | howdy | hola | greetings | sup | (?:there|all|again|friend|guys|dude)
+    h+e+l+o+ | h+i+(?:ya)? | h+e+y+(?:[ -]?[oa]+)? | y+o+ | howdy | hola | greetings | sup
+    | (?:there|all|again|friend|guys|dude)
     | good\ (?:morning|afternoon|evening|day|night) | wh?at'?s?\ up | wass?up
     | how(?:'?s|\ is|\ are|\ have)?\ (?:it|you|ya|things|life|everything|your\ (?:day|night|week|evening|morning))
       (?:\ been)?(?:\ (?:going|doing))? | today | tonight | this\ (?:morning|evening)
-    | (?:is\ )?{WHO}(?:\ (?:out|there|here|home|on))* | are\ you\ (?:still\ )?(?:out\ )?there | are\ you\ here
+    | (?:is\ )?{WHO}(?:\ (?:out|there|here|home|on))*+ | are\ you\ (?:still\ )?(?:out\ )?there | are\ you\ here
     | nice\ to\ meet\ you | my\ name\ is\ \w+
-)[\s.,!?:;()]*)+""", re.VERBOSE)
+)(?:[\s.,!?:;()]+|$))+""", re.VERBOSE)
 
 
 def is_greeting(text: str) -> bool:
@@ -87,8 +88,8 @@ def read_replies() -> Iterator[tuple[str, str]]:
         yield " ".join(conversation.get("prompt", "").split()), reply
 
 
-def why_dropped(prompt: str, reply: str, seen: set[str]) -> str | None:
-    """The first filter, of those that need no model, that a reply fails."""
+def why_dropped(prompt: str, reply: str, profanity: float, seen: set[str]) -> str | None:
+    """The first filter, of those that need no embeddings, that a reply fails; seen: normalised replies before it."""
     if not prompt:
         return "no prompt"
     if is_greeting(reply):
@@ -99,10 +100,7 @@ def why_dropped(prompt: str, reply: str, seen: set[str]) -> str | None:
         return "speaker label"
     if check.find_personal_data(reply):
         return "personal data"
-    scores = check.profanity_scores([reply])
-    if scores is None:
-        utils.die(3, "the profanity filter is not installed", "pip install alt-profanity-check==1.9.1")
-    if scores[0] >= check.MAX_PROFANITY:
+    if profanity >= check.MAX_PROFANITY:
         return "profanity"
     if repeats_prompt(prompt, reply):
         return "prompt again"
@@ -116,8 +114,11 @@ def filter_replies(replies: list[tuple[str, str]], embedder) -> tuple[dict[str, 
     kept: dict[str, list[str]] = defaultdict(list)
     seen: dict[str, set[str]] = defaultdict(set)
     dropped: Counter = Counter()
-    for prompt, reply in replies:
-        if reason := why_dropped(prompt, reply, seen[prompt]):
+    scores = check.profanity_scores([reply for _, reply in replies])
+    if scores is None:
+        utils.die(3, "the profanity filter is not installed", "pip install alt-profanity-check==1.9.1")
+    for (prompt, reply), profanity in zip(replies, scores, strict=True):
+        if reason := why_dropped(prompt, reply, profanity, seen[prompt]):
             dropped[reason] += 1
         else:
             kept[prompt].append(reply)

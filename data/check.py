@@ -76,9 +76,9 @@ PERSONAL_DATA = {
     "a URL": re.compile(r"https?://\S+|\bwww\.\S+|\b[\w-]+\.(?:com|org|net|edu|gov|io)\b", re.IGNORECASE),
     "a card-like number": re.compile(r"(?<![\d.])(?:\d[ -]?){12,18}\d(?!\d)"),
     "a phone number": re.compile(
-        r"(?<![\w.])(?:\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}"  # +44 20 7946 0958
+        r"(?<![\w.])(?<!\d )(?:\+\d{1,3}(?:[ .-]?\(?\d{2,4}\)?){2,5}"  # +44 20 7946 0958
         r"|(?:1[ .-])?\(?\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}"       # (801) 555-0123, 8015550123
-        r"|0\d{2,4}[ /-]\d{3,}(?:[ -]\d{2,})*"                 # 020 7946 0958
+        r"|0[1-9]\d{1,3}[ /-]\d{3,}(?:[ -]\d{2,})*"            # 020 7946 0958
         r"|[2-9]\d\d-\d{4})(?![\w-]|\.\d)"),                   # 555-0123; no exchange starts with 0 or 1
 }
 SPEAKER_LABEL = re.compile(
@@ -275,13 +275,18 @@ def find_duplicates(texts: Sequence[str], vectors: np.ndarray, cosine: float) ->
     return found
 
 
+def compare(kind: str, later: str, earlier: str, cosine: float | None) -> tuple[str, str]:
+    """The kind of a violation by two like texts, and what to say of it; cosine is None if they are equal."""
+    if cosine is None:
+        return kind, f"{later} equals {earlier}"
+    return f"near_{kind}", f"{later} nearly equals {earlier} (cosine {cosine:.3f})"
+
+
 def check_candidates_differ(report: Report, max_cosine: float) -> None:
     for i, (row, vectors) in enumerate(zip(report.rows, report.candidate_vectors, strict=True)):
         for later, earlier, cosine in find_duplicates(row["candidates"], vectors, max_cosine):
-            kind, how = ("duplicate", "equals") if cosine is None else (
-                "near_duplicate", f"nearly equals (cosine {cosine:.2f})")
-            report.add(i, kind, f"candidate {later + 1} {how} candidate {earlier + 1}: "
-                                f"{short(row['candidates'][later])}")
+            kind, what = compare("duplicate", f"candidate {later + 1}", f"candidate {earlier + 1}", cosine)
+            report.add(i, kind, f"{what}: {short(row['candidates'][later])}")
 
 
 def check_contexts_differ(reports: list[Report], max_cosine: float) -> None:
@@ -290,10 +295,9 @@ def check_contexts_differ(reports: list[Report], max_cosine: float) -> None:
     texts = [report.rows[i][kind_of(report.rows[i])] for report, i in places]
     vectors = np.concatenate([report.context_vectors for report in reports])
     for later, earlier, cosine in find_duplicates(texts, vectors, max_cosine):
-        kind, how = ("duplicate_context", "equals") if cosine is None else (
-            "near_duplicate_context", f"nearly equals (cosine {cosine:.2f})")
         (report, i), (other, j) = places[later], places[earlier]
-        report.add(i, kind, f"context {how} {other.path}:{other.lines[j]}: {short(texts[later])}")
+        kind, what = compare("duplicate_context", "context", f"{other.path}:{other.lines[j]}", cosine)
+        report.add(i, kind, f"{what}: {short(texts[later])}")
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -306,7 +310,8 @@ def load_judge(args, embedder):
     import judges
 
     if args.limit_proxy < 2 * judges.FOLDS:
-        utils.die(2, f"--limit_proxy {args.limit_proxy} is too few rows", f"give {2 * judges.FOLDS} or more, or 0 for none")
+        utils.die(2, f"--limit_proxy {args.limit_proxy} is too few rows",
+                  f"give {2 * judges.FOLDS} or more, or 0 for none")
     model, tokenizer, _ = utils.load_checkpoint(utils.EMBEDDED)
     return judges.LocalProxy(model, tokenizer, embedder)
 
@@ -437,7 +442,8 @@ def plot_distributions(reports: list[Report], file: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     longest = max(max(values) for values in lengths)
-    bins = [np.arange(0.5, longest + 1.5, max(1, longest // 40)), np.linspace(-0.2, 1, 49)]
+    step = max(1, longest // 40)
+    bins = [np.arange(0.5, longest + step + 0.5, step), np.linspace(-0.2, 1, 49)]
     for panel, values, edges, label in zip(panels, (lengths, cosines), bins, (
             "words of a candidate", "cosine of two candidates of a row (MiniLM)"), strict=True):
         for i, (one, name) in enumerate(zip(values, column_names(reports), strict=True)):
@@ -475,7 +481,8 @@ def plot_openings(reports: list[Report], args, file: Path) -> None:
 
 def build_parser(method: str | None) -> FlagParser:
     parser = FlagParser(prog="data/check.py", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL files; contexts are compared across all of them")
+    parser.add_argument("files", nargs="+", metavar="FILE",
+                        help="JSONL files; contexts are compared across all of them")
     group = parser.add_argument_group("limits (of `context` rows where they are about length)")
     group.add_argument("--min_candidates", type=int, default=1, help="candidates a row (default: 1)")
     group.add_argument("--min_turns", type=int, default=2, help="turns of a context (default: 2)")
@@ -491,8 +498,8 @@ def build_parser(method: str | None) -> FlagParser:
                        help=f"profanity score that counts as a violation (default: {MAX_PROFANITY})")
     group.add_argument("--any_language", action="store_true", help="leave out the check for English")
     group = parser.add_argument_group("effort and output")
-    group.add_argument("--limit_proxy", type=int, default=100,
-                       help="rows a file for the coherence proxy, which needs the embedded model; 0 for none (default: 100)")
+    group.add_argument("--limit_proxy", type=int, default=100, help="rows a file for the coherence proxy, "
+                       "which needs the embedded model; 0 for none (default: 100)")
     group.add_argument("--plot_dir", default="data/plots", help="where the two PNG files go (default: data/plots)")
     return parser
 
