@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from datetime import datetime
-from os import getpid
 from pathlib import Path
 
 import utils
@@ -95,6 +96,8 @@ def check_flags(args) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(build_parser, argv)
     check_flags(args)
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     method = load_method(args.method)
     rows = method.load_rows(args)[: args.limit]
     run_dir = Path(args.output_dir) / args.exp_name
@@ -211,21 +214,21 @@ def claim_run_dir(run_dir: Path, resume: str | None):
     """
     from filelock import FileLock, Timeout
 
+    if not is_main_process():
+        return None
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / ".probe").touch()
         (run_dir / ".probe").unlink()
     except OSError as error:
         utils.die(2, f"--output_dir {run_dir} cannot be written: {error.strerror}", "give another --output_dir")
-    if not is_main_process():
-        return None
     lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"
     try:
         lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         utils.die(2, f"{run_dir} is in use by {who}", "wait for it, or give another --exp_name")
-    owner.write_text(f"pid {getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+    owner.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     shutil.rmtree(run_dir / ".staging", ignore_errors=True)  # half a checkpoint of a killed run
     done = utils.checkpoints_in(run_dir)
     if done and not resume:
@@ -235,8 +238,6 @@ def claim_run_dir(run_dir: Path, resume: str | None):
 
 
 def is_main_process() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -345,8 +346,10 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         def log(self, logs, start_time=None):
             """Add the mean losses since the last log and keep a line in metrics.jsonl."""
             steps = self.sums.pop("steps", 0)
+            own = torch.tensor([value / max(1, steps) for value in self.sums.values()], device=self.args.device)
+            shared = self.accelerator.reduce(own, "mean").tolist()  # over processes
             if steps and self.is_world_process_zero():
-                means = {name: value / steps for name, value in self.sums.items()}
+                means = dict(zip(self.sums, shared, strict=True))
                 line = {"step": min(self.state.global_step * accumulation, total), **means, "time": round(time.time(), 1)}
                 utils.append_jsonl(run_dir / "metrics.jsonl", [line])
                 logs = {**logs, **means}
@@ -371,6 +374,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                     if final.exists():  # an incomplete one that --resume passed over
                         shutil.rmtree(final)
                     utils.seal(staging / f"checkpoint-{self.state.global_step}", final)
+                self.accelerator.wait_for_everyone()
             except (OSError, RuntimeError, Exception) as error:
                 if not utils.is_disk_full(error):
                     raise
@@ -398,8 +402,10 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                           f"contexts a step ({str(error)[:80]})",
                           "--resume with a smaller --per_device_train_batch_size or --max_length, with "
                           "--gradient_checkpointing or --load_in_4bit")
+            self.accelerator.wait_for_everyone()
             last = utils.newest_checkpoint(run_dir)
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            if self.is_world_process_zero():
+                shutil.rmtree(self.args.output_dir, ignore_errors=True)
             if self.stopped_by:
                 utils.note(f"stopped by signal {self.stopped_by}, saved {last}; the same command with --resume goes on")
                 raise SystemExit(128 + self.stopped_by)

@@ -388,15 +388,18 @@ def test_a_signal_saves_stops_and_names_the_way_on(tiny_dir, train_file, tmp_pat
 
 
 def test_two_processes_give_the_loss_of_one_with_twice_the_accumulation(tiny_dir, train_file, tmp_path):
-    """8 contexts: two processes x 1 context x accumulation 1 sees the updates of one process x accumulation 2."""
+    """8 contexts: two processes x 1 context x accumulation 1 sees the updates of one process x accumulation 2.
+
+    accelerate's `--cpu` starts a single process unless mpirun is there; `--multi_gpu` starts two, also on a CPU.
+    """
     more = ["--num_train_epochs", "2", "--lora_dropout", "0", "--save_steps", "4", "--loss_steps", "1"]
     alone = flags(tiny_dir, train_file, tmp_path, "--exp_name", "alone", *more)
     train.main(alone)
     pair = flags(tiny_dir, train_file, tmp_path, "--exp_name", "pair", *more, "--gradient_accumulation_steps", "1")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "train.py")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launch, *pair], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*launch, *pair], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr[-3000:]
     two = load_file(tmp_path / "pair" / "check_4" / "adapter_model.safetensors")
     one = load_file(tmp_path / "alone" / "check_8" / "adapter_model.safetensors")
