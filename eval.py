@@ -19,16 +19,22 @@ from flags import FlagParser, parse_flags
 def build_parser(method: str | None) -> FlagParser:
     """All flags of evaluation."""
     parser = FlagParser(prog="eval.py", description=__doc__)
-    parser.add_argument("--eval_file", nargs="+", required=True, help="outs/*.jsonl with the same rows; the first is the baseline")
-    parser.add_argument("--save_file", required=True, help="eval_logs/X.json; a name in .pkl also writes the published pickle")
+    parser.add_argument("--eval_file", nargs="+", help="outs/*.jsonl with the same rows; the first is the baseline")
+    parser.add_argument("--save_file", help="eval_logs/X.json; a name in .pkl also writes the published pickle")
     parser.add_argument("--judge", choices=["local"], default="local", help="local: the offline coherence proxy (default)")
     parser.add_argument("--judge_model", default=utils.EMBEDDED, help="base model of the local judge (default: smollm2)")
+    parser.add_argument("--show", metavar="FILE", help="only print the table of an eval_logs/X.json")
     parser.add_argument("--limit", type=int, help="judge the first N rows only (default: all)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(build_parser, argv)
+    if args.show:
+        show(args.show)
+        return
+    if not args.eval_file or not args.save_file:
+        utils.die(2, "--eval_file and --save_file are required", "or --show FILE for the table of a finished evaluation")
     save_file = Path(args.save_file)
     if save_file.suffix not in (".json", ".pkl"):
         utils.die(2, f"--save_file {save_file} must end in .json or .pkl", f"{save_file.with_suffix('.json')}")
@@ -164,12 +170,20 @@ def write_logs(save_file: Path, summary: dict, judged: dict[str, list[dict]]) ->
         save_file.write_bytes(pickle.dumps(lines))
 
 
+def show(file: str) -> None:
+    """Print the table of a summary that was written before."""
+    try:
+        print_table(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        utils.die(2, f"--show {file}: not a summary of eval.py ({error})", "give an eval_logs/X.json")
+
+
 def print_table(summary: dict) -> None:
     """One row per system, intervals in brackets, then the paired differences."""
     from rich.console import Console
     from rich.table import Table
 
-    def show(value) -> str:
+    def figure(value) -> str:
         if value is None:
             return "—"
         return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]" if isinstance(value, list) else f"{value:.3f}"
@@ -180,9 +194,9 @@ def print_table(summary: dict) -> None:
     for column in ["system", *columns]:
         table.add_column(column.replace("_", " "))
     for name, figures in summary["systems"].items():
-        table.add_row(name, *(show(figures.get(column)) for column in columns))
+        table.add_row(name, *(figure(figures.get(column)) for column in columns))
     for name, figures in summary["differences"].items():
-        table.add_row(name, *(show(figures.get(column)) if column in figures else "" for column in columns))
+        table.add_row(name, *(figure(figures[column]) if column in figures else "" for column in columns))
     console = Console(width=max(120, Console().width))
     console.print(table)
     judge = summary["judge"]

@@ -5,7 +5,8 @@ it tells replies that belong to their context from replies that belong to anothe
 than telling good from bad. Two features go in:
 
 - pointwise mutual information per token under the base model, log p(reply | context) - log p(reply),
-  computed in one prompt tree per context;
+  with the dialogue as a plain transcript (not as the prompt that a system under test was given, whose
+  own samples it would flatter), computed in one packed row of two prompt trees;
 - cosine of the sentence embeddings of context and reply.
 
 A logistic regression on the rows' own reference replies (true pairs against the same replies under
@@ -73,22 +74,22 @@ class LocalProxy:
 
     def measure(self, row: dict, replies: list[str]) -> np.ndarray:
         """The two features of each reply, (N, 2)."""
-        text = row.get("prompt") or "\n".join(row["context"].split("\n")[-3:])
-        vectors = self.embedder.encode([text, *replies], normalize_embeddings=True, show_progress_bar=False)
+        vectors = self.embedder.encode([row.get("prompt") or row["context"], *replies], normalize_embeddings=True, show_progress_bar=False)
         return np.stack([self.pmi(row, replies), vectors[1:] @ vectors[0]], axis=1)
 
     def pmi(self, row: dict, replies: list[str]) -> np.ndarray:
         """(log p(reply | context) - log p(reply)) / tokens, in nats, under the base model, (N,)."""
         import torch
 
-        ids = [self.tokenizer(reply, add_special_tokens=False)["input_ids"] for reply in replies]
-        limit = self.model.config.get_text_config().max_position_embeddings - max(map(len, ids))
-        prompts, _ = utils.fit_prompts(row, [None], self.tokenizer, 1000, limit)
-        if not prompts:
-            utils.die(2, "a row is too long for the base model of the local judge", "shorten it, or judge with an API")
-        blank = utils.encode_prompt(self.tokenizer, "Say something.")
+        encode = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        ids = [encode(" " + reply) for reply in replies]
+        limit = self.model.config.get_text_config().max_position_embeddings
+        room = limit - max(map(len, ids))
+        if room < limit // 2:
+            utils.die(2, f"a response of {limit - room} tokens is too long for the local judge", "shorten it, or judge with an API")
+        given, blank = (encode(text)[-room:] for text in transcript(row))
         forest = []
-        for prompt in (prompts[0], blank):
+        for prompt in (given, blank):
             branches = [trees.Segment(reply, trees.LIKELIHOOD, branch=i) for i, reply in enumerate(ids)]
             forest.append(trees.Tree(trees.Segment(prompt, children=branches)))
         batch = trees.pack(forest)
@@ -97,6 +98,13 @@ class LocalProxy:
         cells = batch["row"] * len(ids) + batch["branch"]
         sums = trees.sum_by_row(logps, cells, 2 * len(ids)).view(2, len(ids)).numpy()
         return (sums[0] - sums[1]) / [len(i) for i in ids]
+
+
+def transcript(row: dict) -> tuple[str, str]:
+    """What stands before a reply in a plain transcript: with the row's context, and without any."""
+    if "prompt" in row:
+        return f"Task: {row['prompt']}\nAnswer:", "Task: Say something.\nAnswer:"
+    return "\n".join([*utils.label_turns(row["context"]), "Person B:"]), "Person A: Hello.\nPerson B:"
 
 
 def fit(x: np.ndarray, truth: np.ndarray):

@@ -176,8 +176,7 @@ def sum_by_row(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
 def ordinary_rows(tree: Tree) -> list[dict]:
     """The same tree as ordinary rows, one per scored segment, each with a context of its own.
 
-    The slow reference of the tests and the baseline of the speed benchmark. Each row has input_ids
-    (list), scored (indices into the row), role, weight (lists) and branch.
+    Each row has input_ids (list), scored (indices into the row), weight (lists), role and branch.
     """
     rows = []
     for path in walk(tree.root):
@@ -195,6 +194,24 @@ def ordinary_rows(tree: Tree) -> list[dict]:
             "branch": segment.branch,
         })
     return rows
+
+
+def score_rows(model, forest: list[Tree], pad_id: int = 0) -> Tensor:
+    """What `score` gives, computed the usual way: copied contexts, right padding, all logits.
+
+    The slow reference of the tests and the baseline of the speed benchmark. Returns (S,), in nats.
+    """
+    rows = [row for tree in forest for row in ordinary_rows(tree)]
+    length = max(len(row["input_ids"]) for row in rows)
+    padding = [length - len(row["input_ids"]) for row in rows]
+    ids = [row["input_ids"] + [pad_id] * pad for row, pad in zip(rows, padding, strict=True)]
+    input_ids = torch.tensor(ids, device=model.device)  # (B, L)
+    mask = torch.tensor([[1] * (length - pad) + [0] * pad for pad in padding], device=model.device)
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    place = [(i, t) for i, row in enumerate(rows) for t in row["scored"]]
+    sequence, token = torch.tensor(place, device=model.device).T
+    return logps[sequence, token - 1, input_ids[sequence, token]]
 
 
 def prefill(model, trees: list[Tree], pad_id: int) -> tuple[Tensor, Tensor, object]:

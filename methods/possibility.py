@@ -167,7 +167,13 @@ def compute_loss(model, batch: dict, args):
     """Likelihood + ul_weight * unlikelihood in nats: token means within a context, then the mean of contexts."""
     import trees
 
-    logps = trees.score(model, batch, args.attn_implementation)
+    return loss_of(trees.score(model, batch, args.attn_implementation), batch, args)
+
+
+def loss_of(logps, batch: dict, args):
+    """The loss from the log-probabilities (S,) of a packed batch's scored tokens."""
+    import trees
+
     row, num_rows = batch["row"], batch["num_rows"]
     mle = mean_by_row(-logps, row, batch["role"] == trees.LIKELIHOOD, num_rows)
     ul = mean_by_row(unlikelihood(logps), row, batch["role"] == trees.UNLIKELIHOOD, num_rows)

@@ -101,31 +101,12 @@ def test_flex_attention_uses_the_same_rule():
     torch.testing.assert_close(flex, plain, rtol=1e-5, atol=1e-6)
 
 
-def losses_and_gradients(model, forest, args, scorer):
-    """Loss, its parts and every LoRA gradient, with log-probabilities from `scorer(model, forest)`."""
+def losses_and_gradients(model, forest, args, score):
+    """Loss, its parts and every LoRA gradient, with log-probabilities from `score(model, forest)`."""
     model.zero_grad()
-    batch = trees.pack(forest)
-    logps = scorer(model, forest)
-    original, trees.score = trees.score, lambda *_: logps
-    try:
-        loss, parts = possibility.compute_loss(model, batch, args)
-    finally:
-        trees.score = original
+    loss, parts = possibility.loss_of(score(model, forest), trees.pack(forest), args)
     loss.backward()
     return loss.item(), parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def score_padded_rows(model, forest):
-    """The slow reference: every scored segment as a row with its own context, right-padded, full logits.
-
-    It is computed in float64, so that the rounding of 16 copied contexts is not held against the tree.
-    """
-    rows = [r for tree in forest for r in trees.ordinary_rows(tree)]
-    length = max(len(r["input_ids"]) for r in rows)
-    ids = torch.tensor([r["input_ids"] + [0] * (length - len(r["input_ids"])) for r in rows])
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (length - len(r["input_ids"])) for r in rows])
-    logps = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-    return torch.stack([logps[i, t - 1, ids[i, t]] for i, r in enumerate(rows) for t in r["scored"]])
 
 
 def relative_errors(got: dict, want: dict) -> tuple[dict, float]:
@@ -137,7 +118,10 @@ def relative_errors(got: dict, want: dict) -> tuple[dict, float]:
 
 
 def compare_with_padded_rows(model, tokenizer, rows, args):
-    """Relative errors in float32 (loss, each gradient, all) and float64 (each gradient) of the tree."""
+    """Relative errors of the tree in float32 (loss, each gradient, all) and float64 (each gradient).
+
+    The padded rows are computed in float64, so that their own rounding is not held against the tree.
+    """
     forest = [possibility.build_tree(row, tokenizer, args, random.Random(3)) for row in rows]
     torch.manual_seed(0)
     with torch.no_grad():  # B is zero at first, which would leave A without gradient
@@ -146,7 +130,7 @@ def compare_with_padded_rows(model, tokenizer, rows, args):
                 parameter.normal_(std=0.02)
     score_tree = lambda m, f: trees.score(m, trees.pack(f))  # noqa: E731
     loss, parts, gradients = losses_and_gradients(model, forest, args, score_tree)
-    exact_loss, _, exact = losses_and_gradients(model.double(), forest, args, score_padded_rows)
+    exact_loss, _, exact = losses_and_gradients(model.double(), forest, args, trees.score_rows)
     _, _, doubles = losses_and_gradients(model, forest, args, score_tree)
     assert parts["ul_loss"] > 0 and len(exact) == len(gradients) > 0, "unlikelihood and adapters take part"
     return abs(loss - exact_loss) / exact_loss, *relative_errors(gradients, exact), relative_errors(doubles, exact)[0]

