@@ -89,21 +89,20 @@ def chat(client, model: str, messages: list[dict], max_tokens: int, **options) -
 def classify(error: Exception) -> tuple[str, str, float]:
     """What to do about an error of `chat`, what happened, and the seconds that the server asks to wait, or 0.
 
-    To do: stop (the run), fail (this call), wait (try until the deadline), again (try a few times).
-    """
+    To do: "stop" the run, "fail" this call, "wait" until the deadline, try "again" a few times."""
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
-        says = redact(" ".join(str(body.get("message") or error.message).split()))[:200]
+        status, says = error.status_code, error.body.get("message") if isinstance(error.body, dict) else None
+        says = redact(" ".join(str(says or error.message).split()))[:200]
         if status in REFUSALS or "insufficient_quota" in (error.code, error.type):
             return "stop", f"HTTP {status}, {REFUSALS.get(status, 'the quota is used up')}: {says}", 0.0
         action = "wait" if status == 429 else "again" if status in (408, 409) or status >= 500 else "fail"
         return action, f"HTTP {status}: {says}", retry_after(error.response.headers)
     if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__ or error
-        unreached = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError")
-        return "wait" if unreached else "again", redact(f"{type(cause).__name__}: {cause}")[:200], 0.0
+        kind = type(error.__cause__).__name__
+        action = "wait" if kind in ("ConnectError", "ConnectTimeout", "ProxyError") else "again"
+        return action, redact(f"{kind}: {error.__cause__}")[:200], 0.0
     if isinstance(error, (BadAnswer, json.JSONDecodeError, UnicodeDecodeError)):
         return "again", f"{type(error).__name__}: {error}"[:200], 0.0
     raise error
@@ -120,8 +119,8 @@ def retry_after(headers) -> float:
 
 def redact(text: str) -> str:
     """Text without keys and passwords; servers echo what they were sent."""
-    text = text.replace(os.environ.get("OPENAI_API_KEY", "").strip() or "\0", "[key]")
-    return re.sub(r"\bsk-[\w-]{6,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)", "[key]", text)
+    pattern = r"\bsk-[\w-]{6,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)"
+    return re.sub(pattern, "[key]", text.replace(os.environ.get("OPENAI_API_KEY", "").strip() or "\0", "[key]"))
 
 
 def retrying(call, deadline: float, max_backoff: float = 60.0, on_retry=lambda what, wait: None) -> Answer:

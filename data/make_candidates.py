@@ -1,6 +1,6 @@
 """Make one-to-many data from your own prompts, with any OpenAI-compatible server or a local model.
 
-    python data/make_candidates.py --input_file prompts.jsonl --save_file data/mine.jsonl \
+    python data/make_candidates.py --input_file prompts.jsonl --save_file data/mine.jsonl \\
         --base_url http://127.0.0.1:8000/v1 --model NAME
     python data/make_candidates.py --input_file prompts.jsonl --save_file data/mine.jsonl --model smollm2
 
@@ -45,9 +45,14 @@ Ask = Callable[[str, int], api.Answer]  # (message, seed) -> answer
 # ---- asking and parsing -------------------------------------------------------------------------
 
 
+def shown_turns(row: dict, args) -> list[str] | None:
+    """The newest turns of a context that fit into --max_input_length; None for a prompt."""
+    return utils.keep_latest(utils.label_turns(row["context"]), args.max_input_length) if "context" in row else None
+
+
 def list_message(row: dict, number: int, taken: list[str], args) -> str:
     """The user message that asks for `number` answers to one row, unlike the `taken` ones."""
-    turns = utils.keep_latest(utils.label_turns(row["context"]), args.max_input_length) if "context" in row else None
+    turns = shown_turns(row, args)
     kind = "answer" if turns is None else "reply"
     several = "answers" if turns is None else "replies"
     length = "Keep each short" if turns is None else f"Keep each between {args.min_words} and {args.max_words} words"
@@ -66,7 +71,6 @@ LABEL = re.compile(r"(?:\*\*[^*]{1,40}:\*\*|\*\*[^*]{1,40}\*\*:"
                    r"|(?:answer|reply|response|option|candidate|version)\s*#?(?:\d+|[A-H])?\s*:)\s*", re.IGNORECASE)
 PREAMBLE = re.compile(r"(?:sure|certainly|of course|absolutely|okay|here(?:'s| is| are)|below (?:is|are))\b"
                       r".*\b(?:list|answers?|repl(?:y|ies)|responses?|options?)\b", re.IGNORECASE)
-
 NO_ITEM = re.compile(r"\s*(?:```|#+\s|[\[\]]\s*$)")  # a code fence, a heading, a bracket alone
 
 
@@ -355,6 +359,8 @@ def finish(rows: dict, made: dict, rejected: dict, files: tuple[Path, Path], sum
     for name, counts in (("answers left out", dropped), ("repeated requests", Counter(summary["retries"]))):
         if counts:
             print(f"{name}: {counted(counts)}")
+    if summary["shortened"]:
+        print(f"{summary['shortened']} contexts were shown without their oldest turns (--max_input_length)")
     if rejected:
         print(f"{len(rejected)} rows rejected, in {files[1]}: {counted(problems)}")
     if made:
@@ -467,8 +473,9 @@ def main(argv: list[str] | None = None) -> None:
     if len(rows) < len(listed):
         utils.note(f"note: {len(listed) - len(rows)} rows of {args.input_file} repeat an earlier one and are made once")
     files, made, rejected, summary = open_files(args, rows)
-    retries = Counter(summary["retries"])
-    summary["retries"] = retries
+    retries = summary["retries"] = Counter(summary["retries"])
+    summary["shortened"] = sum("context" in row and shown_turns(row, args) != utils.label_turns(row["context"])
+                               for row in rows.values())
     ask = ask_server(args, retries) if args.base_url else ask_local(args, listed)
     embed = load_embed()
     try:

@@ -130,6 +130,14 @@ def test_a_row_below_min_candidates_is_rejected_never_padded_and_candidates_it_h
     assert rejected[0]["made"]["problem"] == "fewer than 4 candidates after 3 rounds"
 
 
+def test_a_context_shown_without_its_oldest_turns_is_counted(make, serve):
+    server = serve()
+    code, made, _, said = make(ROWS[:2], server.url, "--max_input_length", 12)
+    assert code == 0 and "2 contexts were shown without their oldest turns" in said
+    assert made[0]["context"] == ROWS[0]["context"], "in full"
+    assert "Then why is it in my salad?" in str(server.seen[0]) and "Is a tomato a fruit?" not in str(server.seen[0])
+
+
 def test_more_rejected_rows_than_allowed_exit_with_4(make, serve):
     assert make(ROWS[:1], serve(ok("No.")).url, "--max_rounds", 1)[0] == 4
 
@@ -171,7 +179,7 @@ def test_a_wait_beyond_the_deadline_exits_with_75_and_its_resume_line_works(make
 def test_a_row_that_always_fails_is_rejected_after_five_tries_and_tried_again_by_resume(make, serve):
     server = serve(*[error(500, "this row breaks me")] * 5)
     code, made, rejected, said = make(ROWS, server.url)
-    assert code == 0 and len(made) == 3 and len(server.seen) == 5 + 3 and "1 x HTTP 500: this row breaks me" not in said
+    assert code == 0 and len(made) == 3 and len(server.seen) == 5 + 3 and "1 x HTTP 500: this row breaks me" in said
     assert rejected[0]["context"] == ROWS[0]["context"] and "this row breaks me" in rejected[0]["made"]["problem"]
     code, made, rejected, _ = make(None, server.url, "--resume")
     assert code == 0 and len(server.seen) == 9 and not rejected
