@@ -1,6 +1,6 @@
 """Draw N different responses per row from a checkpoint or a base model.
 
-    python infer.py --model_name_or_path checkpoints/my_peft/check_1000/ --num_response_per_input 5 \
+    python infer.py --model_name_or_path checkpoints/my_peft/check_1000/ --num_response_per_input 5 \\
         --decoding sampling --temperature 0.75 --test_file data/test_dialogs.jsonl --save_file outs/my_peft.jsonl
 
 rows -> prompt trees -> shared prefill -> N responses -> cleaned -> appended row by row to --save_file.

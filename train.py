@@ -1,6 +1,6 @@
 """Fine-tune a model so that one prompt has several good answers.
 
-    python train.py --train_file data/train_dialogs_1k.jsonl --model_name smollm2 --exp_name my_peft \
+    python train.py --train_file data/train_dialogs_1k.jsonl --model_name smollm2 --exp_name my_peft \\
         --num_train_epochs 3 --max_steps 3000 --learning_rate 5e-4
     python train.py --config configs/possibility/mistral_peft.yaml
     accelerate launch --num_processes 8 train.py --config configs/possibility/mistral_peft.yaml

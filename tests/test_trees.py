@@ -23,8 +23,9 @@ def possibility_args(**changes):
     possibility.add_args(parser)
     add_lora_args(parser)
     args = parser.parse_args([])
-    vars(args).update(method="peft", max_length=500, max_input_length=300, attn_implementation="sdpa", micro_step=0,
-                      load_in_4bit=False, gradient_checkpointing=False, lora_dropout=0.0, lora_r=4, **changes)
+    shared = dict(method="peft", max_length=500, max_input_length=300, attn_implementation="sdpa", micro_step=0,
+                  load_in_4bit=False, gradient_checkpointing=False, lora_dropout=0.0, lora_r=4)
+    vars(args).update(shared | changes)
     possibility.settle_method(args)
     return args
 

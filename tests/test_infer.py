@@ -1,0 +1,201 @@
+"""infer.py end to end on the tiny model: what is drawn, what is refused, and kills that lose nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import DIALOGUES, ROOT, make_model, write_jsonl
+
+import decoding
+import infer
+import train
+import utils
+
+ROWS = [{**DIALOGUES[i % 4], "context": f"{DIALOGUES[i % 4]['context']} ({i})"} for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def test_file(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "test.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dir, train_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    train.main(["--model_name", str(tiny_dir), "--train_file", str(train_file), "--output_dir", str(out), "--max_steps", "2",
+                "--lora_target_modules", "q_proj", "v_proj"])
+    return out / "peft" / "check_2"
+
+
+def draw(model, test_file, out, *more) -> list[dict]:
+    infer.main(["--model_name_or_path", str(model), "--test_file", str(test_file), "--save_file", str(out), "--batch_size", "4",
+                "--max_new_tokens", "6", "--num_response_per_input", "3", *more])
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys, code, call, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    said = capsys.readouterr().err
+    assert stop.value.code == code, said
+    return said
+
+
+def test_every_row_gets_its_responses_in_order_and_the_summary_says_how(checkpoint, test_file, tmp_path):
+    rows = draw(checkpoint, test_file, tmp_path / "a.jsonl")
+    assert [r["context"] for r in rows] == [r["context"] for r in ROWS] and all(len(r["preds"]) == 3 for r in rows)
+    summary = json.loads((tmp_path / "a.json").read_text())
+    assert summary["rows"] == 10 and summary["responses"] == 30 and summary["settings"]["method"] == "peft"
+    assert summary["tokens_per_second"] > 0 and summary["run"]["base_sha256"] and "row_hashes" not in summary["run"]
+    assert draw(checkpoint, test_file, tmp_path / "b.jsonl") == rows, "one seed, one result"
+    assert draw(checkpoint, test_file, tmp_path / "c.jsonl", "--seed", "7") != rows
+
+
+def test_a_rows_noise_is_its_own_and_follows_the_softmax():
+    """Draws over p = (1/2, 1/4, 1/8, 1/8): total variation of 20,000 draws below 0.02; row 1 ignores row 0's seed."""
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    scores = p.log().repeat(20_000, 1)
+
+    def drawn(*seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        noisy = decoding.GumbelNoise(generators, 20_000 // len(seeds))(None, scores)
+        return noisy.argmax(-1)
+
+    shares = torch.bincount(drawn(1), minlength=4) / 20_000
+    assert (shares - p).abs().sum() / 2 < 0.02
+    assert torch.equal(drawn(1, 2)[10_000:], drawn(3, 2)[10_000:]) and not torch.equal(drawn(1, 2), drawn(3, 2))
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99999}])
+def test_limits_that_leave_one_token_draw_the_greedy_response(tiny_model, tokenizer, limits):
+    from trees import Segment, Tree, branch_prompts
+
+    forest = [Tree(branch_prompts([[5, 6, 7, 8]] * 3, [1, 2, 3]))]
+    out = decoding.sample(tiny_model, forest, [0], 0, 1, 8, **limits)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for _ in range(8):
+        ids = torch.cat([ids, tiny_model(ids).logits[:, -1:].argmax(-1)], 1)
+    greedy = ids[0, 4:].tolist()
+    greedy = greedy[: greedy.index(1)] if 1 in greedy else greedy
+    assert out == [[greedy] * 3] and isinstance(forest[0].root, Segment)
+
+
+def test_a_cut_file_is_repaired_and_finished_byte_for_byte(checkpoint, test_file, tmp_path, capsys):
+    """Cut inside row 7, which is the third of its batch of four: two rows of the batch are kept, the rest redone."""
+    draw(checkpoint, test_file, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    cut = len(b"\n".join(whole.split(b"\n")[:6])) + 30
+    (tmp_path / "cut.jsonl").write_bytes(whole[:cut])
+    shutil.copy(tmp_path / "whole.json", tmp_path / "cut.json")
+    draw(checkpoint, test_file, tmp_path / "cut.jsonl", "--resume")
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    assert (tmp_path / "cut.jsonl.torn").read_bytes() == whole[cut - 29:cut]
+    assert "half a row" in capsys.readouterr().err
+
+
+def test_a_killed_run_is_resumed_to_the_same_file(checkpoint, tmp_path):
+    file = write_jsonl(tmp_path / "many.jsonl", [{**r, "context": f"{r['context']} {k}"} for k in range(12) for r in ROWS])
+    argv = ["--model_name_or_path", str(checkpoint), "--test_file", str(file), "--batch_size", "2", "--max_new_tokens", "40",
+            "--num_response_per_input", "3"]
+    infer.main([*argv, "--save_file", str(tmp_path / "whole.jsonl")])
+    killed = tmp_path / "killed.jsonl"
+    run = subprocess.Popen([sys.executable, str(ROOT / "infer.py"), *argv, "--save_file", str(killed)], cwd=tmp_path,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while not (killed.exists() and killed.stat().st_size) and time.time() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and killed.read_bytes().count(b"\n") < 120
+    infer.main([*argv, "--save_file", str(killed), "--resume"])
+    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_other_settings_or_a_file_that_is_there_are_refused(checkpoint, test_file, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    draw(checkpoint, test_file, out)
+    assert "is already there" in refused(capsys, 2, draw, checkpoint, test_file, out)
+    said = refused(capsys, 2, draw, checkpoint, test_file, out, "--resume", "--temperature", "0.5")
+    assert "was made with temperature 1.0, now it is 0.5" in said
+
+
+def test_a_method_that_is_not_the_checkpoints_is_refused(checkpoint, test_file, tmp_path, capsys):
+    said = refused(capsys, 2, draw, checkpoint, test_file, tmp_path / "a.jsonl", "--method", "otm")
+    assert f"--method otm, but {checkpoint} is a peft model" in said and "--method peft" in said
+
+
+def test_an_adapter_on_another_base_of_the_same_shape_is_refused(checkpoint, tokenizer, test_file, tmp_path, capsys):
+    other = tmp_path / "other"
+    make_model(len(tokenizer), seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    moved = shutil.copytree(checkpoint, tmp_path / "check_2")
+    run = json.loads((moved / "run.json").read_text())
+    (moved / "run.json").write_text(json.dumps({**run, "base_model": str(other)}))
+    (moved / "COMPLETE.json").unlink()
+    said = refused(capsys, 2, draw, moved, test_file, tmp_path / "a.jsonl")
+    assert f"was trained on base {run['base_sha256']}" in said and "--force_base" in said
+    assert len(draw(moved, test_file, tmp_path / "a.jsonl", "--force_base")) == 10
+
+
+def test_rows_that_were_trained_on_are_counted_and_refused_on_request(checkpoint, tmp_path, capsys):
+    """Two of three rows: one word for word, one in other case and spaces."""
+    seen = [DIALOGUES[0], {"context": DIALOGUES[1]["context"].upper() + "  "}, {"context": "New.\nQuite."}]
+    file = write_jsonl(tmp_path / "mixed.jsonl", seen)
+    draw(checkpoint, file, tmp_path / "a.jsonl")
+    assert "2 of 3 rows were trained on (first: row 1)" in capsys.readouterr().err
+    assert "2 of 3 rows" in refused(capsys, 2, draw, checkpoint, file, tmp_path / "b.jsonl", "--strict_split")
+
+
+def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row(checkpoint, test_file, tmp_path, capsys, monkeypatch):
+    real, seen = decoding.sample, []
+
+    def small(limit):
+        def sample(model, trees, seeds, *rest):
+            if len(trees) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            seen.extend(seeds)
+            return real(model, trees, seeds, *rest)
+        return sample
+
+    draw(checkpoint, test_file, tmp_path / "a.jsonl")
+    monkeypatch.setattr(decoding, "sample", small(2))
+    assert len(draw(checkpoint, test_file, tmp_path / "b.jsonl")) == 10
+    assert "out of memory with 4 rows, trying 2 (same seeds)" in capsys.readouterr().err
+    assert seen == [int(utils.sha256(f"42-{i}")[:15], 16) for i in range(10)]
+    monkeypatch.setattr(decoding, "sample", small(0))
+    assert "out of memory at row 1" in refused(capsys, 75, draw, checkpoint, test_file, tmp_path / "c.jsonl")
+
+
+def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir, test_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "sample", lambda model, trees, *rest: [[[], [5] * 6, [5]] for _ in trees])
+    rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
+    assert rows[0]["preds"][0] == "" and rows[0]["warnings"] == {"empty": 1, "cut": 1}
+    summary = json.loads((tmp_path / "a.json").read_text())
+    assert summary["empty"] == 10 and summary["cut"] == 10
+
+
+def test_a_closed_pipe_leaves_a_complete_file_and_no_traceback(tiny_dir, test_file, tmp_path):
+    """As in `python infer.py ... | true`."""
+    out = tmp_path / "a.jsonl"
+    run = subprocess.Popen([sys.executable, str(ROOT / "infer.py"), "--model_name_or_path", str(tiny_dir), "--test_file",
+                            str(test_file), "--save_file", str(out), "--max_new_tokens", "2"],
+                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    errors = run.stderr.read()
+    assert run.wait() in (0, 141) and "Traceback" not in errors and out.read_text().count("\n") == 10
+
+
+@pytest.mark.parametrize(("text", "want"), [
+    ("Person B: Fine by me.", "Fine by me."), ("**Person B:** Fine.", "Fine."), ("Possibility #3: Fine.", "Fine."),
+    ("Fine.\n\nPerson A: And you?", "Fine."), ('"Fine by me."', "Fine by me."), ("“Fine”  by\nme", '"Fine" by me'),
+    ("I like (a) cats and dogs (b) too", "I like (a) cats and dogs (b) too"), ("好的 🙂 да", "好的 🙂 да"),
+    ("*sighs* #1 – no…", "*sighs* #1 – no…"), ("   ", ""), ('"', '"'),
+])
+def test_cleaning_takes_labels_and_quotes_and_nothing_that_was_said(text, want):
+    assert decoding.clean_reply(text) == want
