@@ -46,4 +46,4 @@ outs/.demo_peft: $(ADAPTER)/COMPLETE.json
 	@touch $@
 
 eval_logs/demo.json: outs/.demo_base outs/.demo_peft
-	$(RUN) eval.py --eval_file outs/demo_base.jsonl outs/demo_peft.jsonl --save_file $@
+	$(RUN) eval.py --eval_file outs/demo_base.jsonl outs/demo_peft.jsonl --save_file $@ >/dev/null  # shown above

@@ -310,7 +310,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         seed=args.seed, data_seed=args.seed, train_sampling_strategy="sequential",
         bf16=cuda and torch.cuda.is_bf16_supported(), use_cpu=not cuda, dataloader_pin_memory=cuda,
         gradient_checkpointing=args.gradient_checkpointing,
-        remove_unused_columns=False, report_to="none", disable_tqdm=True,
+        remove_unused_columns=False, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
     )
     contexts_per_step = args.per_device_train_batch_size * settings.world_size
     total = math.ceil(len(rows) * args.num_train_epochs / contexts_per_step)
@@ -389,7 +389,8 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
             metrics_file = run_dir / "metrics.jsonl"
             if checkpoint:
                 self.micro_step = int(checkpoint.name[6:])
-            keep_metrics(metrics_file, self.micro_step)
+            if self.is_world_process_zero():
+                keep_metrics(metrics_file, self.micro_step)
             if self.micro_step >= total:
                 print("this run is finished")
                 return checkpoint
