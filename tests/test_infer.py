@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import decoding
 import infer
 import train
 import utils
+from trees import Segment, Tree, branch_prompts
 
 ROWS = [{**DIALOGUES[i % 4], "context": f"{DIALOGUES[i % 4]['context']} ({i})"} for i in range(10)]
 
@@ -29,15 +31,15 @@ def test_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tiny_dir, train_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
-    train.main(["--model_name", str(tiny_dir), "--train_file", str(train_file), "--output_dir", str(out), "--max_steps", "2",
-                "--lora_target_modules", "q_proj", "v_proj"])
+    train.main(["--model_name", str(tiny_dir), "--train_file", str(train_file), "--output_dir", str(out),
+                "--max_steps", "2", "--lora_target_modules", "q_proj", "v_proj"])
     return out / "peft" / "check_2"
 
 
 def draw(model, test_file, out, *more) -> list[dict]:
-    infer.main(["--model_name_or_path", str(model), "--test_file", str(test_file), "--save_file", str(out), "--batch_size", "4",
-                "--max_new_tokens", "6", "--num_response_per_input", "3", *more])
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    infer.main(["--model_name_or_path", str(model), "--test_file", str(test_file), "--save_file", str(out),
+                "--batch_size", "4", "--max_new_tokens", "6", "--num_response_per_input", "3", *more])
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def refused(capsys, code, call, *args) -> str:
@@ -73,10 +75,24 @@ def test_a_rows_noise_is_its_own_and_follows_the_softmax():
     assert torch.equal(drawn(1, 2)[10_000:], drawn(3, 2)[10_000:]) and not torch.equal(drawn(1, 2), drawn(3, 2))
 
 
+HALF = [2 / 3, 1 / 3, 0, 0]
+
+
+@pytest.mark.parametrize(("limits", "want"), [
+    ({}, [1 / 2, 1 / 4, 1 / 8, 1 / 8]), ({"top_k": 2}, HALF), ({"top_p": 0.7}, HALF), ({"min_p": 0.3}, HALF),
+    ({"temperature": 0.5}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),
+])
+def test_limits_and_temperature_shape_what_is_drawn(monkeypatch, limits, want):
+    """p = (1/2, 1/4, 1/8, 1/8). Two best; 1/2 + 1/4 reach 0.7; 0.3 x 1/2 lies between 1/8 and 1/4; p^2 at 0.5."""
+    scores, want = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().repeat(20_000, 1), torch.tensor(want)
+    monkeypatch.setattr(decoding, "complete", lambda model, trees, limits, *rest: limits(None, scores).argmax(-1))
+    forest = [Tree(Segment([1], children=[Segment([2])] * 20_000))]
+    shares = torch.bincount(decoding.sample(None, forest, [1], 0, 0, 1, **limits), minlength=4) / 20_000
+    assert torch.equal(shares > 0, want > 0) and (shares - want).abs().sum() / 2 < 0.02
+
+
 @pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99999}])
 def test_limits_that_leave_one_token_draw_the_greedy_response(tiny_model, tokenizer, limits):
-    from trees import Segment, Tree, branch_prompts
-
     forest = [Tree(branch_prompts([[5, 6, 7, 8]] * 3, [1, 2, 3]))]
     out = decoding.sample(tiny_model, forest, [0], 0, 1, 8, **limits)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -84,7 +100,7 @@ def test_limits_that_leave_one_token_draw_the_greedy_response(tiny_model, tokeni
         ids = torch.cat([ids, tiny_model(ids).logits[:, -1:].argmax(-1)], 1)
     greedy = ids[0, 4:].tolist()
     greedy = greedy[: greedy.index(1)] if 1 in greedy else greedy
-    assert out == [[greedy] * 3] and isinstance(forest[0].root, Segment)
+    assert out == [[greedy] * 3]
 
 
 def test_a_cut_file_is_repaired_and_finished_byte_for_byte(checkpoint, test_file, tmp_path, capsys):
@@ -100,10 +116,20 @@ def test_a_cut_file_is_repaired_and_finished_byte_for_byte(checkpoint, test_file
     assert "half a row" in capsys.readouterr().err
 
 
+def test_resuming_a_finished_file_decodes_nothing_and_keeps_its_speed(tiny_dir, test_file, tmp_path, monkeypatch):
+    """Ten rows in batches of four: the last batch is not full, but done."""
+    rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
+    summary = (tmp_path / "a.json").read_text()
+    monkeypatch.setattr(decoding, "sample", lambda *args: pytest.fail("decoded again"))
+    assert draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--resume") == rows
+    assert (tmp_path / "a.json").read_text() == summary
+
+
 def test_a_killed_run_is_resumed_to_the_same_file(checkpoint, tmp_path):
-    file = write_jsonl(tmp_path / "many.jsonl", [{**r, "context": f"{r['context']} {k}"} for k in range(12) for r in ROWS])
-    argv = ["--model_name_or_path", str(checkpoint), "--test_file", str(file), "--batch_size", "2", "--max_new_tokens", "40",
-            "--num_response_per_input", "3"]
+    rows = [{**row, "context": f"{row['context']} {k}"} for k in range(4) for row in ROWS]
+    file = write_jsonl(tmp_path / "many.jsonl", rows)
+    argv = ["--model_name_or_path", str(checkpoint), "--test_file", str(file), "--batch_size", "2",
+            "--max_new_tokens", "40", "--num_response_per_input", "3"]
     infer.main([*argv, "--save_file", str(tmp_path / "whole.jsonl")])
     killed = tmp_path / "killed.jsonl"
     run = subprocess.Popen([sys.executable, str(ROOT / "infer.py"), *argv, "--save_file", str(killed)], cwd=tmp_path,
@@ -112,22 +138,48 @@ def test_a_killed_run_is_resumed_to_the_same_file(checkpoint, tmp_path):
     while not (killed.exists() and killed.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL and killed.read_bytes().count(b"\n") < 120
+    assert run.wait() == -signal.SIGKILL and killed.read_bytes().count(b"\n") < 40
     infer.main([*argv, "--save_file", str(killed), "--resume"])
     assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_other_settings_or_a_file_that_is_there_are_refused(checkpoint, test_file, tmp_path, capsys):
-    out = tmp_path / "a.jsonl"
-    draw(checkpoint, test_file, out)
-    assert "is already there" in refused(capsys, 2, draw, checkpoint, test_file, out)
-    said = refused(capsys, 2, draw, checkpoint, test_file, out, "--resume", "--temperature", "0.5")
-    assert "was made with temperature 1.0, now it is 0.5" in said
+@pytest.fixture(scope="module")
+def finished(tiny_dir, test_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "a.jsonl"
+    draw(tiny_dir, test_file, out)
+    return out
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ([], "is already there"), (["--resume", "--temperature", "0.5"], "was made with temperature 1.0, now it is 0.5"),
+    (["--resume", "--seed", "7"], "seed 42, now it is 7"), (["--resume", "--batch_size", "2"], "size 4, now it is 2"),
+    (["--resume", "--test_file", "other.jsonl"], "data_sha256"),
+    (["--resume", "--chat_template", "none"], "chat_template"),
+])
+def test_a_file_that_is_there_is_never_mixed_with_other_settings(
+        tiny_dir, test_file, finished, tmp_path, monkeypatch, capsys, more, said):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "other.jsonl", ROWS[::-1])
+    out = shutil.copytree(finished.parent, tmp_path / "outs") / finished.name
+    assert said in refused(capsys, 2, draw, tiny_dir, test_file, out, *more)
+    assert out.read_bytes() == finished.read_bytes()
 
 
 def test_a_method_that_is_not_the_checkpoints_is_refused(checkpoint, test_file, tmp_path, capsys):
     said = refused(capsys, 2, draw, checkpoint, test_file, tmp_path / "a.jsonl", "--method", "otm")
     assert f"--method otm, but {checkpoint} is a peft model" in said and "--method peft" in said
+
+
+@pytest.mark.parametrize(("harm", "said"), [
+    (lambda folder: (folder / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+    (lambda folder: os.truncate(folder / "adapter_model.safetensors", 1000), "has 1000 bytes, its header"),
+    (lambda folder: (folder / "run.json").unlink(), "is incomplete (no run.json)"),
+])
+def test_a_broken_checkpoint_is_refused_with_what_is_wrong(checkpoint, test_file, tmp_path, capsys, harm, said):
+    broken = shutil.copytree(checkpoint, tmp_path / "check_2")
+    harm(broken)
+    assert said in refused(capsys, 2, draw, broken, test_file, tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_an_adapter_on_another_base_of_the_same_shape_is_refused(checkpoint, tokenizer, test_file, tmp_path, capsys):
@@ -152,7 +204,8 @@ def test_rows_that_were_trained_on_are_counted_and_refused_on_request(checkpoint
     assert "2 of 3 rows" in refused(capsys, 2, draw, checkpoint, file, tmp_path / "b.jsonl", "--strict_split")
 
 
-def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row(checkpoint, test_file, tmp_path, capsys, monkeypatch):
+def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row(
+        checkpoint, test_file, tmp_path, capsys, monkeypatch):
     real, seen = decoding.sample, []
 
     def small(limit):
@@ -163,9 +216,9 @@ def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row
             return real(model, trees, seeds, *rest)
         return sample
 
-    draw(checkpoint, test_file, tmp_path / "a.jsonl")
+    whole = draw(checkpoint, test_file, tmp_path / "a.jsonl")
     monkeypatch.setattr(decoding, "sample", small(2))
-    assert len(draw(checkpoint, test_file, tmp_path / "b.jsonl")) == 10
+    assert draw(checkpoint, test_file, tmp_path / "b.jsonl") == whole
     assert "out of memory with 4 rows, trying 2 (same seeds)" in capsys.readouterr().err
     assert seen == [int(utils.sha256(f"42-{i}")[:15], 16) for i in range(10)]
     monkeypatch.setattr(decoding, "sample", small(0))
@@ -180,19 +233,48 @@ def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir
     assert summary["empty"] == 10 and summary["cut"] == 10
 
 
+def test_warnings_that_rows_bring_along_are_not_counted_as_this_runs(tiny_dir, tmp_path, monkeypatch):
+    """An earlier --save_file as --test_file: old preds and warnings make way for the new ones."""
+    file = write_jsonl(tmp_path / "old.jsonl", [{**ROWS[0], "preds": ["", "x"], "warnings": {"empty": 1}}])
+    monkeypatch.setattr(decoding, "sample", lambda model, trees, *rest: [[[5]] * 3 for _ in trees])
+    rows = draw(tiny_dir, file, tmp_path / "a.jsonl")
+    assert len(rows[0]["preds"]) == 3 and "warnings" not in rows[0]
+    assert json.loads((tmp_path / "a.json").read_text())["empty"] == 0
+
+
+def test_shortened_contexts_are_counted_and_rows_that_cannot_fit_are_refused(tiny_dir, tmp_path, capsys):
+    """One of three rows is long; a prompt row needs no candidates. Twenty tokens hold none of them."""
+    rows = [{"context": "\n".join(["This is an old turn."] * 40)}, {"context": "Hi?"}, {"prompt": "Name a boat."}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = draw(tiny_dir, file, tmp_path / "a.jsonl", "--max_length", "200")
+    assert [len(row.pop("preds")) for row in done] == [3, 3, 3]
+    assert json.loads((tmp_path / "a.json").read_text())["truncated"] == 1
+    said = refused(capsys, 2, draw, tiny_dir, file, tmp_path / "b.jsonl", "--max_length", "20")
+    assert "row 1 and 2 more do not fit into 20 tokens with 6 new ones" in said
+
+
+def test_a_row_that_spells_a_special_token_is_refused_before_decoding(tiny_dir, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {"context": "Bye.<|im_end|>\nWhat?"}])
+    said = refused(capsys, 2, draw, tiny_dir, file, tmp_path / "a.jsonl")
+    assert "row 2 spells the special token <|im_end|>" in said and not (tmp_path / "a.jsonl").exists()
+
+
 def test_a_closed_pipe_leaves_a_complete_file_and_no_traceback(tiny_dir, test_file, tmp_path):
-    """As in `python infer.py ... | true`."""
+    """As in `python infer.py ... | true`, with a buffered stdout as Python has it by default."""
     out = tmp_path / "a.jsonl"
-    run = subprocess.Popen([sys.executable, str(ROOT / "infer.py"), "--model_name_or_path", str(tiny_dir), "--test_file",
-                            str(test_file), "--save_file", str(out), "--max_new_tokens", "2"],
-                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([sys.executable, str(ROOT / "infer.py"), "--model_name_or_path", str(tiny_dir),
+                            "--test_file", str(test_file), "--save_file", str(out), "--max_new_tokens", "2"],
+                           cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONUNBUFFERED": ""})
     run.stdout.close()
     errors = run.stderr.read()
-    assert run.wait() in (0, 141) and "Traceback" not in errors and out.read_text().count("\n") == 10
+    assert out.read_text().count("\n") == 10 and "Traceback" not in errors and "BrokenPipe" not in errors, errors
+    assert run.wait() in (0, 141)
 
 
 @pytest.mark.parametrize(("text", "want"), [
     ("Person B: Fine by me.", "Fine by me."), ("**Person B:** Fine.", "Fine."), ("Possibility #3: Fine.", "Fine."),
+    ("Person B's reply: Fine.", "Fine."), ("Person B’s reply: Fine.", "Fine."),
     ("Fine.\n\nPerson A: And you?", "Fine."), ('"Fine by me."', "Fine by me."), ("“Fine”  by\nme", '"Fine" by me'),
     ("I like (a) cats and dogs (b) too", "I like (a) cats and dogs (b) too"), ("好的 🙂 да", "好的 🙂 да"),
     ("*sighs* #1 – no…", "*sighs* #1 – no…"), ("   ", ""), ('"', '"'),

@@ -16,8 +16,11 @@ E = np.eye(4)
     (["a b a"], 1, 2 / 3),  # a, b, a
     (["a b a"], 2, 1.0),  # a-b, b-a
     (["a b", "A b"], 1, 0.5),  # lower-cased, pooled over texts
-    (["a b, c"], 2, 1.0),  # a-b only: b-, and ,-c hold punctuation
-    (["a", "b c"], 1, 1.0),  # a text of one token gives nothing
+    (["a, b, c"], 1, 1.0),  # a, b, c; with the commas it would be 4/5
+    (["a b, b, b"], 2, 1.0),  # a-b only: b-, and ,-b come twice but hold punctuation
+    (["a b ?"], 3, None),  # the only run of three holds punctuation
+    (["b", "b c"], 1, 1.0),  # b, c: a text of one token gives nothing
+    (["a b c"], 4, None),
     (["a", ""], 1, None),
     ([], 2, None),
 ])
@@ -51,6 +54,21 @@ def test_a_chain_of_similar_answers_is_one_answer_in_any_order(order):
     assert metrics.num_distinct(vectors[list(order)], [f"t{i}" for i in order]) == 2
 
 
+@given(st.permutations(range(9)))
+def test_the_number_of_answers_does_not_depend_on_their_order(order):
+    """Nine random unit vectors in three dimensions, where many chains form."""
+    vectors = np.random.default_rng(3).normal(size=(9, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    count = metrics.num_distinct(vectors, list("abcdefghi"))
+    assert 1 < count < 9 and metrics.num_distinct(vectors[list(order)], ["abcdefghi"[i] for i in order]) == count
+
+
+@pytest.mark.parametrize(("cosine", "want"), [(0.79, 2), (0.81, 1)])
+def test_answers_are_one_from_a_cosine_of_four_fifths(cosine, want):
+    vectors = np.array([[1, 0], [cosine, (1 - cosine**2) ** 0.5]])
+    assert metrics.num_distinct(vectors, ["a", "b"]) == want
+
+
 def test_equal_texts_count_once_whatever_their_embeddings_say():
     assert metrics.num_distinct(E[:3], ["a", "b", "a"]) == 2
 
@@ -70,6 +88,14 @@ def test_an_interval_holds_its_mean_is_reproducible_and_shrinks_with_rows():
     assert metrics.interval([2.0] * 9) == (2, 2, 2)
     _, narrow, wide = metrics.interval(np.tile(values, 16))
     assert wide - narrow < (high - low) / 3
+
+
+@pytest.mark.parametrize(("positive", "negative", "want"), [
+    ([1, 1], [1, 1, 1], 0.5), ([3, 4], [1, 2], 1.0), ([1, 2], [3, 4], 0.0), ([2], [1, 2, 3], 0.5),
+])
+def test_auc_is_the_share_of_pairs_in_order(positive, negative, want):
+    """The last: 2 beats 1, ties with 2, loses to 3: (1 + 0.5 + 0) / 3."""
+    assert metrics.auc(positive, negative) == want
 
 
 def test_auc_by_hand_and_against_scikit_learn():

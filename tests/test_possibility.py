@@ -10,6 +10,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import DIALOGUES, make_model, make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_trees import possibility_args
 
 import train
@@ -19,7 +21,6 @@ from methods import possibility
 from trees import LIKELIHOOD, UNLIKELIHOOD
 
 LN = math.log
-
 
 # ---- losses -------------------------------------------------------------------------------------
 
@@ -116,15 +117,34 @@ def test_every_number_teaches_its_own_reply_to_the_end_and_unlearns_the_others(k
         assert tokenizer.decode(path[2].input_ids[:-1]).strip() == row["candidates"][path[2].branch]
     pairs = {(path[1].branch, path[2].branch) for path in segments(tree, UNLIKELIHOOD)}
     assert pairs == {(numbers[i], j) for i in range(4) for j in range(4) if i != j}
+    assert all(tokenizer.eos_token_id not in path[2].input_ids for path in segments(tree, UNLIKELIHOOD))
+
+
+@pytest.mark.parametrize("changes", [{}, {"no_ul": True}])
+def test_likelihood_is_asked_of_every_reply_token_and_of_no_other(tokenizer, changes):
+    """With or without numbers the four replies and their end tokens, first token included, nothing of a prompt."""
+    tree = possibility.build_tree(DIALOGUES[1], tokenizer, possibility_args(**changes), random.Random(0))
+    batch = trees.pack([tree])
+    replies = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id] for reply in DIALOGUES[1]["candidates"]]
+    assert batch["input_ids"][0, batch["token"][batch["role"] == LIKELIHOOD]].tolist() == sum(replies, [])
+    assert len(segments(tree, UNLIKELIHOOD)) == (0 if changes else 12)
+
+
+def test_a_row_with_two_of_four_replies_teaches_two_and_both_ordered_pairs(tokenizer):
+    row = {"context": "x\ny", "candidates": ["Buy apples", "Sell pears"]}
+    tree = possibility.build_tree(row, tokenizer, possibility_args(), random.Random(0))
+    assert len(tree.root.children) == len(segments(tree, LIKELIHOOD)) == len(segments(tree, UNLIKELIHOOD)) == 2
 
 
 def test_a_repeat_of_the_right_reply_is_never_a_negative_and_gets_a_number_of_its_own(tokenizer):
-    """Replies A, "a!", B: (A, a!) are equal after normalising, so 4 of 6 ordered pairs remain."""
-    row = {"context": "x\ny", "candidates": ["Buy apples", "buy  apples!", "Sell pears"]}
-    tree = possibility.build_tree(row, tokenizer, possibility_args(num_response_per_input=3), random.Random(1))
-    assert len({child.branch for child in tree.root.children}) == 3
-    assert sorted(possibility.draw_negatives(row["candidates"], 99, random.Random(0))) == [(0, 2), (1, 2), (2, 0), (2, 1)]
-    assert len(possibility.draw_negatives(row["candidates"], 3, random.Random(0))) == 3
+    """Replies A, A, "a!", B: the first three are equal after normalising, so only the 6 pairs with B remain of 12."""
+    row = {"context": "x\ny", "candidates": ["Buy apples", "Buy apples", "buy  apples!", "Sell pears"]}
+    tree = possibility.build_tree(row, tokenizer, possibility_args(), random.Random(1))
+    assert len({child.branch for child in tree.root.children}) == 4
+    pairs = [(0, 3), (1, 3), (2, 3), (3, 0), (3, 1), (3, 2)]
+    assert sorted(possibility.draw_negatives(row["candidates"], 99, random.Random(0))) == pairs
+    capped = possibility.build_tree(row, tokenizer, possibility_args(max_num_negatives_per_sample=5), random.Random(1))
+    assert [len(segments(t, UNLIKELIHOOD)) for t in (tree, capped)] == [6, 5]
 
 
 def test_numbers_depend_on_seed_epoch_and_row_alone_and_are_fresh_every_epoch(tokenizer):
@@ -148,6 +168,7 @@ def test_too_long_drops_the_oldest_turns_and_never_a_reply(tokenizer):
     tree = possibility.build_tree(row, tokenizer, args, random.Random(0))
     text = tokenizer.decode(tree.root.input_ids)
     assert whole.dropped_turns == 0 < tree.dropped_turns < 9 and "Person A: Last?" in text and "number 0" not in text
+    assert text.count("Old turn") == 8 - tree.dropped_turns
     for path in segments(tree, LIKELIHOOD):
         assert sum(len(s.input_ids) for s in path) <= 250
         assert tokenizer.decode(path[-1].input_ids[:-1]) == row["candidates"][path[-1].branch]
@@ -157,8 +178,10 @@ def test_too_long_drops_the_oldest_turns_and_never_a_reply(tokenizer):
 
 # ---- which words are unlearnt -------------------------------------------------------------------
 
-SENTENCES = ["I don't think the 12 zebras would eat strawberries, do they?", "Café 7 was closed; try well-known places.",
-             "Because of that, it isn't 1984 again.", "Run!"]
+SENTENCES = [
+    "I don't think the 12 zebras would eat strawberries, do they?", "Café 7 was closed; try well-known places.",
+    "Because of that, it isn't 1984 again.", "Run!", "12 élan-rich cafés", "It’s 10:30, the naïve aren’t up.",
+]
 
 
 def marked_words(text, tokenizer) -> list[str]:
@@ -173,6 +196,27 @@ def marked_words(text, tokenizer) -> list[str]:
 def test_content_words_by_hand(tokenizer):
     """I, don't, the, would, do, they are function words; punctuation is no word; digits count."""
     assert marked_words(SENTENCES[0], tokenizer) == ["think", "12", "zebras", "eat", "strawberries"]
+    first, *rest = possibility.content_words("strawberries", tokenizer)[1]
+    assert first == 1 and rest and not any(rest), "the first token of a word alone"
+
+
+WORDS = {"the": 0, "And": 0, "don't": 0, "it’s": 0, "she'll": 0, "...": 0, "cats": 1, "1984": 1, "well-known": 1}
+
+
+@given(st.lists(st.sampled_from(sorted(WORDS)), max_size=8))
+@settings(deadline=None)
+def test_every_content_word_is_marked_once_and_a_function_word_never(tokenizer, chosen):
+    assert marked_words(" ".join(chosen), tokenizer) == [word for word in chosen if WORDS[word]]
+
+
+@pytest.mark.parametrize("kind", ["bytelevel", "sentencepiece"])
+def test_a_marked_token_holds_letters_or_digits_and_never_a_space_alone(kind):
+    """SentencePiece writes "12 cats" as ▁ 1 2 ▁c ats: the mark belongs to 1, a lone ▁ says nothing of the word."""
+    tokenizer = make_tokenizer(kind)
+    for text in SENTENCES:
+        ids, marks = possibility.content_words(text, tokenizer)
+        pieces = tokenizer.convert_ids_to_tokens([i for i, mark in zip(ids, marks, strict=True) if mark])
+        assert all(piece.strip("▁Ġ") for piece in pieces), f"{text!r}: {pieces}"
 
 
 @pytest.mark.parametrize("text", SENTENCES)
@@ -187,12 +231,13 @@ def test_the_embedded_tokenizer_unlearns_the_same_words(embedded, tokenizer):
 
 # ---- prompts and flags --------------------------------------------------------------------------
 
+BOATS = {"prompt": "Name a boat.", "candidates": ["Gull", "Ada", "Tern", "Mole"]}
 
-@pytest.mark.parametrize("row", [DIALOGUES[0], {"prompt": "Name a boat.", "candidates": ["Gull", "Ada", "Tern", "Mole"]}])
+
+@pytest.mark.parametrize("row", [DIALOGUES[0], BOATS])
 @pytest.mark.parametrize("changes", [{}, {"no_ul": True}])
 def test_inference_shows_the_very_prompts_of_training(tokenizer, row, changes):
-    args = possibility_args(**changes)
-    args.method = possibility.settle_method(args)
+    args = possibility_args(**changes | {"method": "otm" if changes else "peft"})
     tree = possibility.build_tree(row, tokenizer, args, random.Random(2))
     trained = {path[1].branch if args.number else None: [t for s in path[:-1] for t in s.input_ids]
                for path in segments(tree, LIKELIHOOD)}
@@ -205,9 +250,20 @@ def test_inference_shows_the_very_prompts_of_training(tokenizer, row, changes):
     assert not trained and len(asked.children) == 9
 
 
+@pytest.mark.parametrize("row", [DIALOGUES[0], BOATS])
+def test_an_untuned_model_is_asked_without_a_number_and_with_a_length(tokenizer, row):
+    args = possibility_args()
+    vars(args).update(method="base", num_response_per_input=3, max_new_tokens=9)
+    root = possibility.decode_tree(row, tokenizer, args).root
+    want = utils.encode_prompt(tokenizer, utils.build_prompt(row, base=True))
+    assert [root.input_ids + child.input_ids for child in root.children] == [want] * 3
+    assert "25 words" in tokenizer.decode(want) and "#" not in tokenizer.decode(want)
+
+
 @pytest.mark.parametrize(("changes", "method", "number"), [
-    ({}, "peft", True), ({"no_ul": True}, "otm", False), ({"method": "otm"}, "otm", False), ({"method": "oto"}, "oto", False),
-    ({"no_ul": True, "num_response_per_input": 1}, "oto", False), ({"no_ul": True, "number": True}, "peft", True),
+    ({}, "peft", True), ({"no_ul": True}, "otm", False), ({"no_ul": True, "number": True}, "peft", True),
+    ({"method": "otm"}, "otm", False), ({"method": "oto"}, "oto", False),
+    ({"no_ul": True, "num_response_per_input": 1}, "oto", False),
 ])
 def test_flags_settle_on_one_method(changes, method, number):
     args = argparse.Namespace(method="peft", no_ul=False, number=None, num_response_per_input=None, max_pos_number=9,
@@ -220,6 +276,7 @@ def test_flags_settle_on_one_method(changes, method, number):
     ({"num_response_per_input": 10}, "--num_response_per_input 10 needs 10 distinct numbers, --max_pos_number is 9"),
     ({"number": False}, "--no_number without --no_ul"), ({"method": "otm", "number": True}, "drop --number"),
     ({"method": "oto", "num_response_per_input": 2}, "use --method otm"), ({"num_response_per_input": 0}, "at least 1"),
+    ({"ul_weight": -0.5}, "at least 0"), ({"max_num_negatives_per_sample": -1}, "at least 0"),
 ])
 def test_flags_that_contradict_each_other_are_refused(capsys, changes, said):
     with pytest.raises(SystemExit) as stop:
