@@ -309,7 +309,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         logging_steps=max(1, args.loss_steps // accumulation), logging_nan_inf_filter=False,
         seed=args.seed, data_seed=args.seed, train_sampling_strategy="sequential",
         bf16=cuda and torch.cuda.is_bf16_supported(), use_cpu=not cuda, dataloader_pin_memory=cuda,
-        gradient_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing=args.gradient_checkpointing,
         remove_unused_columns=False, report_to="none", disable_tqdm=True, ddp_find_unused_parameters=False,
     )
     contexts_per_step = args.per_device_train_batch_size * settings.world_size

@@ -509,8 +509,11 @@ def base_fingerprint(folder: str) -> str | None:
 
 def quiet() -> None:
     """Keep transformers' notes and its bars for loading weights off the screen; errors stay."""
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's call, not the user's
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -22,6 +22,7 @@ from trees import LIKELIHOOD, UNLIKELIHOOD
 
 LN = math.log
 
+
 # ---- losses -------------------------------------------------------------------------------------
 
 
@@ -237,7 +238,8 @@ BOATS = {"prompt": "Name a boat.", "candidates": ["Gull", "Ada", "Tern", "Mole"]
 @pytest.mark.parametrize("row", [DIALOGUES[0], BOATS])
 @pytest.mark.parametrize("changes", [{}, {"no_ul": True}])
 def test_inference_shows_the_very_prompts_of_training(tokenizer, row, changes):
-    args = possibility_args(**changes | {"method": "otm" if changes else "peft"})
+    args = possibility_args(**changes)
+    args.method = possibility.settle_method(args)
     tree = possibility.build_tree(row, tokenizer, args, random.Random(2))
     trained = {path[1].branch if args.number else None: [t for s in path[:-1] for t in s.input_ids]
                for path in segments(tree, LIKELIHOOD)}
