@@ -86,9 +86,8 @@ def clean_reply(text: str) -> str:
     Text from the point where the model starts to speak for the other person is cut. Brackets, dashes,
     emoji and every script are kept. The result may be empty; callers count that.
     """
-    text = SPEAKER.sub("", text)
-    text = NEXT_SPEAKER.sub("", text)
-    text = " ".join(text.translate(QUOTES).split())
+    text = SPEAKER.sub("", text.translate(QUOTES))
+    text = " ".join(NEXT_SPEAKER.sub("", text).split())
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
         text = text[1:-1].strip()
     return text

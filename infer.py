@@ -20,7 +20,8 @@ from flags import FlagParser, parse_flags
 from methods import METHODS, load_method
 
 SETTINGS = ("model_name_or_path", "method", "decoding", "num_response_per_input", "temperature", "top_p", "top_k",
-            "min_p", "max_new_tokens", "max_input_length", "max_length", "batch_size", "seed", "limit")
+            "min_p", "max_new_tokens", "max_input_length", "max_length", "batch_size", "seed", "limit",
+            "chat_template")
 
 
 def build_parser(method: str | None) -> FlagParser:
@@ -155,7 +156,7 @@ def decode_rows(model, tokenizer, rows, trees, args, done: int, save_file: Path,
     """
     from tqdm import tqdm
 
-    first = done // args.batch_size * args.batch_size
+    first = len(rows) if done >= len(rows) else done // args.batch_size * args.batch_size
     eos_id = utils.end_of_turn(tokenizer)
     with tqdm(total=len(rows), initial=done, unit="row", desc=save_file.stem) as bar:
         for start in range(first, len(rows), args.batch_size):
@@ -195,7 +196,7 @@ def finish_row(row: dict, replies: list[list[int]], tokenizer, args) -> dict:
     from decoding import clean_reply
 
     preds = [clean_reply(tokenizer.decode(ids, skip_special_tokens=True)) for ids in replies]
-    done = {**row, "preds": preds}
+    done = {**{k: v for k, v in row.items() if k != "warnings"}, "preds": preds}
     problems = {"empty": sum(not p for p in preds), "cut": sum(len(ids) >= args.max_new_tokens for ids in replies)}
     if any(problems.values()):
         done["warnings"] = {k: v for k, v in problems.items() if v}

@@ -60,6 +60,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main; whatever escapes it leaves with the exit code of the table above."""
     try:
         main()
+        sys.stdout.flush()  # a closed pipe shows here, not when Python exits
     except KeyboardInterrupt:
         note("stopped by Ctrl-C; what was written stays, the same command with --resume goes on")
         raise SystemExit(130) from None

@@ -152,12 +152,14 @@ def content_words(reply: str, tokenizer) -> tuple[list[int], list[float]]:
 
     encoding = tokenizer(reply, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoding["offset_mapping"]]
+    pieces = tokenizer.convert_ids_to_tokens(encoding["input_ids"])
+    blank = [not piece.strip("▁Ġ") for piece in pieces]  # SentencePiece's space before digits is no onset
     marks = [0.0] * len(ends)
     for word in WORD.finditer(reply):
         plain = word[0].casefold().replace("’", "'")  # don't, I'm, it's: function words as well
         if plain.endswith("n't") or plain.split("'")[0] in ENGLISH_STOP_WORDS:
             continue
-        first = next((i for i, end in enumerate(ends) if end > word.start()), None)
+        first = next((i for i, end in enumerate(ends) if end > word.start() and not blank[i]), None)
         if first is not None:
             marks[first] = 1.0
     return encoding["input_ids"], marks
