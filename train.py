@@ -360,6 +360,8 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
             """Adapter and tokenizer only; no pickled arguments, no copies of frozen embeddings."""
             if any(not p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
                 self.diverged("a weight is not finite")
+            if not self.args.should_save:  # Trainer calls this in every process
+                return
             self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
             utils.finish_adapter(Path(output_dir), tokenizer, run)
 
