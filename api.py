@@ -23,12 +23,13 @@ REFUSALS = {401: "key refused", 402: "payment required", 403: "access denied", 4
 
 
 class Answer(NamedTuple):
-    """A chat completion; served_model as the server names it, tokens used in all (0 where it does not tell)."""
+    """A chat completion; served_model as the server names it, tokens used in all and new ones (0: it does not tell)."""
 
     text: str
     served_model: str
     finish_reason: str = "stop"
     tokens: int = 0
+    new_tokens: int = 0
 
 
 class BadAnswer(Exception):
@@ -74,16 +75,26 @@ def chat(client, model: str, messages: list[dict], max_tokens: int, **options) -
     """One chat completion; raises the SDK's errors, or BadAnswer where a 200 holds no text.
 
     options: such as temperature. A text cut at max_tokens has finish_reason "length".
-    """  # OpenAI's newer models refuse the name max_tokens, and many compatible servers know no other
+    """
+    return choices(client, model, messages, max_tokens, **options)[0]
+
+
+def choices(client, model: str, messages: list[dict], max_tokens: int, **options) -> list[Answer]:
+    """All texts of one chat completion: n of them where that option is given and the server honours it."""
+    # OpenAI's newer models refuse the name max_tokens, and many compatible servers know no other
     name = "max_completion_tokens" if client.base_url.host.endswith(("openai.com", "azure.com")) else "max_tokens"
     reply = client.chat.completions.create(model=model, messages=messages, **{name: max_tokens}, **options)
     try:  # the SDK does not check a body's form
-        text, reason = reply.choices[0].message.content, str(reply.choices[0].finish_reason)
+        found = [(choice.message.content, str(choice.finish_reason)) for choice in reply.choices]
+        text, reason = found[0]
     except (AttributeError, TypeError, LookupError):
         raise BadAnswer(f"a body without choices: {redact(str(getattr(reply, 'error', reply)))[:100]}") from None
     if not isinstance(text, str) or not text.strip():
         raise BadAnswer(f"an empty answer (finish_reason {reason})")
-    return Answer(text, str(reply.model or ""), reason, getattr(reply.usage, "total_tokens", 0) or 0)
+    tokens = getattr(reply.usage, "total_tokens", 0) or 0
+    new_tokens = (getattr(reply.usage, "completion_tokens", 0) or 0) // len(found)
+    return [Answer(text, str(reply.model or ""), reason, tokens, new_tokens) for text, reason in found
+            if isinstance(text, str) and text.strip()]
 
 
 def classify(error: Exception) -> tuple[str, str, float]:

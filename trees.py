@@ -214,10 +214,10 @@ def score_rows(model, forest: list[Tree], pad_id: int = 0) -> Tensor:
     return logps[sequence, token - 1, input_ids[sequence, token]]
 
 
-def prefill(model, trees: list[Tree], pad_id: int) -> tuple[Tensor, Tensor, object]:
+def prefill(model, trees: list[Tree], pad_id: int, copies: int = 1) -> tuple[Tensor, Tensor, object]:
     """Compute the contexts of several trees once and hand each branch its own copy of the cache.
 
-    Returns input_ids and attention_mask (B, L) of all B = rows x branches sequences and the key/value
+    Returns input_ids and attention_mask (B, L) of all B = rows x branches x copies sequences and the key/value
     cache of their contexts, ready for `model.generate(input_ids, attention_mask=, past_key_values=)`.
     Contexts and branch ends are left-padded apart, so a sequence may have pads in its middle; they are
     masked, and positions count real tokens only. All trees must have the same number of branches.
@@ -235,14 +235,11 @@ def prefill(model, trees: list[Tree], pad_id: int) -> tuple[Tensor, Tensor, obje
         logits_to_keep=1,
         use_cache=True,
     ).past_key_values
-    cache.batch_repeat_interleave(num_branches)
+    cache.batch_repeat_interleave(num_branches * copies)
     end_ids, end_mask = left_pad([e for row in ends for e in row], pad_id, device)
-    repeat = torch.arange(len(trees), device=device).repeat_interleave(num_branches)
-    return (
-        torch.cat([context_ids[repeat], end_ids], dim=1),
-        torch.cat([context_mask[repeat], end_mask], dim=1),
-        cache,
-    )
+    row = torch.arange(len(trees), device=device).repeat_interleave(num_branches)
+    input_ids, attention_mask = torch.cat([context_ids[row], end_ids], 1), torch.cat([context_mask[row], end_mask], 1)
+    return input_ids.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0), cache
 
 
 def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:

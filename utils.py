@@ -281,6 +281,11 @@ def row_hash(row: dict) -> str:
     return sha256(normalise(row.get("context", row.get("prompt", ""))))[:12]
 
 
+def row_seed(seed: int, index: int, turn: int = 0) -> int:
+    """A row's own seed for a turn of asking, the same whatever rows are decoded beside it."""
+    return int(sha256(f"{seed}-{index}" + (f"-{turn}" if turn else ""))[:15], 16)
+
+
 # ---- prompts ------------------------------------------------------------------------------------
 # One builder for training, inference and judging.
 
@@ -362,18 +367,23 @@ def fit_prompts(row: dict, numbers: list[int | None], tokenizer, max_words: int,
 
     Returns ([], dropped) if not even the newest turn fits; replies are never cut.
     """
-    if "prompt" in row:
-        prompts = [encode_prompt(tokenizer, build_prompt(row, n, base)) for n in numbers]
-        return (prompts if max(map(len, prompts)) <= max_tokens else []), 0
-    turns = label_turns(row["context"])
-    kept = keep_latest(turns, max_words)
-    cut = int(kept[-1] != turns[-1])  # the newest turn itself lost its start
-    while kept:
-        prompts = [encode_prompt(tokenizer, build_prompt(row, n, base, kept)) for n in numbers]
+    return fit_messages(row, lambda turns: [build_prompt(row, n, base, turns) for n in numbers],
+                        tokenizer, max_words, max_tokens)
+
+
+def fit_messages(row: dict, write: Callable[[list[str] | None], list[str]], tokenizer, max_words: int,
+                 max_tokens: int) -> tuple[list[list[int]], int]:
+    """Like fit_prompts, for the user messages write(turns); turns is None for a row with a `prompt`."""
+    turns = label_turns(row["context"]) if "context" in row else None
+    kept = turns and keep_latest(turns, max_words)
+    cut = int(bool(turns) and kept[-1] != turns[-1])  # the newest turn itself lost its start
+    while True:
+        prompts = [encode_prompt(tokenizer, message) for message in write(kept)]
         if max(map(len, prompts)) <= max_tokens:
-            return prompts, len(turns) - len(kept) + cut
-        kept = kept[1:]
-    return [], len(turns)
+            return prompts, len(turns) - len(kept) + cut if turns else 0
+        kept = kept and kept[1:]
+        if not kept:
+            return [], len(turns or ())
 
 
 def refuse_special_tokens(rows: list[dict], tokenizer, path: str) -> None:
@@ -701,7 +711,7 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
     """Load a base model (hub id, folder, smollm2) or a check_N folder with its base.
 
     Returns (model in eval mode, tokenizer, run) where run is the checkpoint's run.json, or
-    {"method": "base", ...} for a base model.
+    {"method": "base", ...} for a base model; its "weights" tell one adapter or base from another.
     """
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
@@ -722,9 +732,11 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
 
         tokenizer = load_tokenizer(str(folder))
         model = PeftModel.from_pretrained(load_model(base), folder)
+        saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
     else:
         base = model_dir(name)
-        saved = {"method": "base", "base_model": name, "base_sha256": base_fingerprint(base), "args": {}}
+        fingerprint = base_fingerprint(base)
+        saved = {"method": "base", "base_model": name, "base_sha256": fingerprint, "weights": fingerprint, "args": {}}
         tokenizer = load_tokenizer(base, chat_template)
         model = load_model(base)
     return model.eval(), tokenizer, saved

@@ -164,9 +164,19 @@ def matrix_rate(model, tokens: int) -> float:
 
 
 def count_flops(model, forest, args) -> float:
-    from torch.utils.flop_counter import FlopCounterMode
+    """Operations of the products and of attention over all T x T pairs, which the kernels compute.
 
-    with FlopCounterMode(display=False) as counter:
+    torch has no formula for its CPU attention kernel, so it gets those of the GPU kernels.
+    """
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         step(model, forest, args, padded=False)
     return counter.get_total_flops()
 

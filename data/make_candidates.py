@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
 
 import api
+import asking
 import utils
 from data import check
 from flags import FlagParser, parse_flags
@@ -45,71 +46,11 @@ Ask = Callable[[str, int], api.Answer]  # (message, seed) -> answer
 # ---- asking and parsing -------------------------------------------------------------------------
 
 
-def shown_turns(row: dict, args) -> list[str] | None:
-    """The newest turns of a context that fit into --max_input_length; None for a prompt."""
-    return utils.keep_latest(utils.label_turns(row["context"]), args.max_input_length) if "context" in row else None
-
-
 def list_message(row: dict, number: int, taken: list[str], args) -> str:
     """The user message that asks for `number` answers to one row, unlike the `taken` ones."""
-    turns = shown_turns(row, args)
-    kind = "answer" if turns is None else "reply"
-    several = "answers" if turns is None else "replies"
-    length = "Keep each short" if turns is None else f"Keep each between {args.min_words} and {args.max_words} words"
-    parts = [utils.build_prompt(row, turns=turns), f"Many different {several} would be good here."]
-    if taken:
-        parts.append(f"These {several} are there already:\n" + "\n".join(f"- {text}" for text in taken))
-    fresh = "new " if taken else ""
-    parts.append(f"Write a list of {number} {fresh}{several if number > 1 else kind}. Each must make sense on its own "
-                 f"and say something else than every other one, not the same in other words. {length}. "
-                 "One a line, numbered, and nothing else.")
-    return "\n\n".join(parts)
-
-
-MARKER = re.compile(r"\s*(?:(?:[-+*•·–—]|\**[#(]?\d{1,3}(?:[.):]\)?|\s+-))\**(?:\s+|$))+")
-LABEL = re.compile(r"(?:\*\*[^*]{1,40}:\*\*|\*\*[^*]{1,40}\*\*:"
-                   r"|(?:answer|reply|response|option|candidate|version)\s*#?(?:\d+|[A-H])?\s*:)\s*", re.IGNORECASE)
-PREAMBLE = re.compile(r"(?:sure|certainly|of course|absolutely|okay|here(?:'s| is| are)|below (?:is|are))\b"
-                      r".*\b(?:list|answers?|repl(?:y|ies)|responses?|options?)\b", re.IGNORECASE)
-NO_ITEM = re.compile(r"\s*(?:```|#+\s|[\[\]]\s*$)")  # a code fence, a heading, a bracket alone
-
-
-def parse_list(text: str, cut: bool = False) -> list[str]:
-    """The items of a model's list, cleaned: numbered, bulleted, or one a line; quoted or bold or plain.
-
-    Where half of the lines or more are marked as items, the others are talk around the list, but for
-    indented ones, which go on with their item. cut: the answer ended at its token limit, so its last item
-    is left out.
-    """
-    text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)  # reasoning that a server leaves in
-    lines = [line.rstrip() for line in text.split("\n") if line.strip() and not NO_ITEM.match(line)]
-    marked = sum(bool(MARKER.match(line)) for line in lines)
-    items: list[str] = []
-    for number, line in enumerate(lines):
-        plain = not MARKER.match(line)
-        if 2 * marked >= len(lines):
-            if plain and items and line[0].isspace():
-                items[-1] += " " + line.strip()
-            if plain:
-                continue
-        elif line.endswith(":") or number == 0 and PREAMBLE.match(line):
-            continue
-        items.append(line)
-    if cut:
-        items = items[:-1]
-    return [item for item in map(clean_item, items) if item]
-
-
-def clean_item(text: str) -> str:
-    """One item without its number, bullet, label, emphasis and quotes."""
-    from decoding import clean_reply
-
-    text = LABEL.sub("", MARKER.sub("", text, count=1).strip(), count=1)
-    text = re.sub(r"\*\*(.+?)\*\*", r"\1", text).removesuffix("**").strip()
-    if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":
-        text = text[1:-1].strip()
-    text = clean_reply(text.removesuffix(",") if text.endswith(('",', "”,")) else text)
-    return LABEL.sub("", text, count=1)
+    turns = asking.shown_turns(row, args.max_input_length)
+    length = "Keep each short." if turns is None else f"Keep each between {args.min_words} and {args.max_words} words."
+    return asking.list_request(row, turns, number, taken, length)
 
 
 # ---- one row ------------------------------------------------------------------------------------
@@ -166,7 +107,7 @@ def make_row(row: dict, key: str, ask: Ask, embed: Callable, args) -> dict:
         cut = answer.finish_reason == "length"
         dropped.update(["cut at --max_tokens"] * cut)
         items = []
-        for text in parse_list(answer.text, cut):
+        for text in asking.parse_list(answer.text, cut):
             if why := check_item(text, row, message, args):
                 dropped[why] += 1
             else:
@@ -474,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         utils.note(f"note: {len(listed) - len(rows)} rows of {args.input_file} repeat an earlier one and are made once")
     files, made, rejected, summary = open_files(args, rows)
     retries = summary["retries"] = Counter(summary["retries"])
-    summary["shortened"] = sum("context" in row and shown_turns(row, args) != utils.label_turns(row["context"])
+    summary["shortened"] = sum("context" in row and asking.shown_turns(row, args.max_input_length) != utils.label_turns(row["context"])
                                for row in rows.values())
     ask = ask_server(args, retries) if args.base_url else ask_local(args, listed)
     embed = load_embed()

@@ -198,15 +198,22 @@ def mean_by_row(values, row, chosen, num_rows: int):
 
 
 def decode_tree(row: dict, tokenizer, args):
-    """The prompts of a row's N responses: numbers 1..N for peft, the same prompt N times for the others."""
+    """A row's context with num_branches prompts: a number each for peft, the same prompt for the others."""
     from trees import Tree, branch_prompts
 
-    n = args.num_response_per_input
-    numbers = list(range(1, n + 1)) if args.method == "peft" else [None]
-    prompts, dropped = utils.fit_prompts(
-        row, numbers, tokenizer, args.max_input_length, args.max_length - args.max_new_tokens,
-        base=args.method == "base",
-    )
+    prompts, dropped = utils.fit_prompts(row, numbers_of(args), tokenizer, args.max_input_length,
+                                         args.max_length - args.max_new_tokens, args.method == "base")
     if not prompts:
         return None
-    return Tree(branch_prompts(prompts * (n // len(prompts)), list(range(1, n + 1))), dropped)
+    return Tree(branch_prompts(prompts, list(range(1, args.num_branches + 1))), dropped)
+
+
+def decode_messages(row: dict, args) -> list[str]:
+    """The same prompts as user messages, for a server."""
+    turns = utils.keep_latest(utils.label_turns(row["context"]), args.max_input_length) if "context" in row else None
+    return [utils.build_prompt(row, number, args.method == "base", turns) for number in numbers_of(args)]
+
+
+def numbers_of(args) -> list[int | None]:
+    """Possibility numbers 1, 2, ... for peft, from 1 again after the largest trained one; None for the others."""
+    return [i % args.max_pos_number + 1 if args.method == "peft" else None for i in range(args.num_branches)]

@@ -80,12 +80,17 @@ HALF = [2 / 3, 1 / 3, 0, 0]
 
 @pytest.mark.parametrize(("limits", "want"), [
     ({}, [1 / 2, 1 / 4, 1 / 8, 1 / 8]), ({"top_k": 2}, HALF), ({"top_p": 0.7}, HALF), ({"min_p": 0.3}, HALF),
+    ({"typical_p": 0.2}, [0, 1, 0, 0]), ({"top_n_sigma": 1.2}, HALF),
     ({"temperature": 0.5}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),
 ])
 def test_limits_and_temperature_shape_what_is_drawn(monkeypatch, limits, want):
-    """p = (1/2, 1/4, 1/8, 1/8). Two best; 1/2 + 1/4 reach 0.7; 0.3 x 1/2 lies between 1/8 and 1/4; p^2 at 0.5."""
+    """p = (1/2, 1/4, 1/8, 1/8). Two best; 1/2 + 1/4 reach 0.7; 0.3 x 1/2 lies between 1/8 and 1/4; p^2 at 0.5.
+
+    Typical: the entropy is 1.75 ln 2, nearest to it is -ln 1/4 = 2 ln 2 (off by 0.25 ln 2), and 1/4 reaches 0.2.
+    Deviations: logits -1, -2, -3, -3 times ln 2 have one of 0.957 ln 2; 1.2 of them reach from -1 to -2.149.
+    """
     scores, want = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().repeat(20_000, 1), torch.tensor(want)
-    monkeypatch.setattr(decoding, "complete", lambda model, trees, limits, *rest: limits(None, scores).argmax(-1))
+    monkeypatch.setattr(decoding, "complete", lambda *args, logits_processor: logits_processor(None, scores).argmax(-1))
     forest = [Tree(Segment([1], children=[Segment([2])] * 20_000))]
     shares = torch.bincount(decoding.sample(None, forest, [1], 0, 0, 1, **limits), minlength=4) / 20_000
     assert torch.equal(shares > 0, want > 0) and (shares - want).abs().sum() / 2 < 0.02
@@ -209,11 +214,11 @@ def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row
     real, seen = decoding.sample, []
 
     def small(limit):
-        def sample(model, trees, seeds, *rest):
+        def sample(model, trees, seeds, **rest):
             if len(trees) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             seen.extend(seeds)
-            return real(model, trees, seeds, *rest)
+            return real(model, trees, seeds, **rest)
         return sample
 
     whole = draw(checkpoint, test_file, tmp_path / "a.jsonl")
@@ -222,11 +227,11 @@ def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row
     assert "out of memory with 4 rows, trying 2 (same seeds)" in capsys.readouterr().err
     assert seen == [int(utils.sha256(f"42-{i}")[:15], 16) for i in range(10)]
     monkeypatch.setattr(decoding, "sample", small(0))
-    assert "out of memory at row 1" in refused(capsys, 75, draw, checkpoint, test_file, tmp_path / "c.jsonl")
+    assert "out of memory in rows 1 to 4, even one at a time" in refused(capsys, 75, draw, checkpoint, test_file, tmp_path / "c.jsonl")
 
 
 def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir, test_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "sample", lambda model, trees, *rest: [[[], [5] * 6, [5]] for _ in trees])
+    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [[[], [5] * 6, [5]] for _ in trees])
     rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
     assert rows[0]["preds"][0] == "" and rows[0]["warnings"] == {"empty": 1, "cut": 1}
     summary = json.loads((tmp_path / "a.json").read_text())
@@ -236,7 +241,7 @@ def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir
 def test_warnings_that_rows_bring_along_are_not_counted_as_this_runs(tiny_dir, tmp_path, monkeypatch):
     """An earlier --save_file as --test_file: old preds and warnings make way for the new ones."""
     file = write_jsonl(tmp_path / "old.jsonl", [{**ROWS[0], "preds": ["", "x"], "warnings": {"empty": 1}}])
-    monkeypatch.setattr(decoding, "sample", lambda model, trees, *rest: [[[5]] * 3 for _ in trees])
+    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [[[5]] * 3 for _ in trees])
     rows = draw(tiny_dir, file, tmp_path / "a.jsonl")
     assert len(rows[0]["preds"]) == 3 and "warnings" not in rows[0]
     assert json.loads((tmp_path / "a.json").read_text())["empty"] == 0
@@ -281,3 +286,92 @@ def test_a_closed_pipe_leaves_a_complete_file_and_no_traceback(tiny_dir, test_fi
 ])
 def test_cleaning_takes_labels_and_quotes_and_nothing_that_was_said(text, want):
     assert decoding.clean_reply(text) == want
+
+
+@pytest.mark.parametrize(("flags", "what"), [
+    (["--decoding", "diverse", "--num_beam_groups", "2"], "--num_beams 3 is no multiple of --num_beam_groups 2"),
+    (["--decoding", "diverse", "--num_beams", "2"], "3 responses from --num_beams 2"),
+    (["--decoding", "diverse", "--diversity_penalty", "0"], "--diversity_penalty 0.0 must be above 0"),
+    (["--decoding", "diverse", "--diversity_penalty", "nan"], "--diversity_penalty nan must be above 0"),
+    (["--diversity_penalty", "2"], "--diversity_penalty does nothing with --decoding sampling"),
+    (["--decoding", "beam", "--top_p", "0.9"], "--top_p does nothing with --decoding beam"),
+    (["--num_response_per_input", "0"], "--num_response_per_input 0 must be at least 1"),
+    (["--temperature", "0"], "--temperature 0.0 with --decoding sampling must be above 0"),
+    (["--typical_p", "0"], "0 < typical_p <= 1"), (["--top_n_sigma", "-1"], "top_n_sigma >= 0"),
+    (["--overgenerate", "2"], "--overgenerate 2 is less than --num_response_per_input 3"),
+    (["--select", "mmr"], "add --overgenerate M"), (["--overgenerate", "6", "--floor", "2"], "--floor 2.0 is no cosine"),
+    (["--engine", "openai"], "--engine openai needs --base_url and --served_model"), (["--base_url", "http://x"], "add --engine openai"),
+    (["--decoding", "list", "--max_retries", "-1"], "--max_retries -1 must be at least 0"),
+    (["--decoding", "diverse", "--numbers", "per_group"], "method base has no possibility numbers"),
+])
+def test_flags_that_do_not_fit_together_are_refused_with_their_numbers(tiny_dir, test_file, tmp_path, capsys, flags, what):
+    assert what in refused(capsys, 2, draw, tiny_dir, test_file, tmp_path / "a.jsonl", *flags)
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("how", ["greedy", "beam", "diverse"])
+def test_every_decoding_gives_n_responses_per_row_and_counts_what_sharing_saves(how, checkpoint, test_file, tmp_path):
+    rows = draw(checkpoint, test_file, tmp_path / "a.jsonl", "--decoding", how)
+    assert len(rows) == 10 and all(len(row["preds"]) == 3 for row in rows)
+    summary = json.loads((tmp_path / "a.json").read_text())
+    assert summary["prefill_tokens_without_sharing"] > 2.5 * summary["prefill_tokens"]
+    assert summary["seconds_per_row_median"] <= summary["seconds_per_row_p95"]
+    assert summary["settings"]["decoding"] == how
+
+
+def test_diverse_uses_the_first_number_for_every_group_or_one_for_each(checkpoint, test_file, tmp_path, monkeypatch):
+    real, seen = decoding.diverse, []
+    monkeypatch.setattr(decoding, "diverse", lambda model, trees, **rest: seen.append(
+        [len(tree.root.children) for tree in trees]) or real(model, trees, **rest))
+    first = draw(checkpoint, test_file, tmp_path / "a.jsonl", "--decoding", "diverse", "--limit", "2")
+    each = draw(checkpoint, test_file, tmp_path / "b.jsonl", "--decoding", "diverse", "--limit", "2", "--numbers", "per_group")
+    assert seen == [[1, 1], [3, 3]] and first != each
+
+
+def test_more_responses_than_trained_numbers_use_them_in_turn_and_say_so(checkpoint, test_file, tmp_path, capsys):
+    """Numbers 1 to 9 were trained: response 10 is asked for with number 1, response 11 with number 2."""
+    draw(checkpoint, test_file, tmp_path / "a.jsonl", "--limit", "1", "--num_response_per_input", "11")
+    assert "11 responses, but numbers 1 to 9 were trained" in capsys.readouterr().err
+
+
+def test_of_many_drawn_the_most_different_are_kept_and_all_are_recorded(tiny_dir, tokenizer, test_file, tmp_path, monkeypatch):
+    """Six drawn, three kept: one of each of the three groups of like embeddings."""
+    import numpy as np
+
+    class Embedder:
+        def encode(self, texts, **flags):
+            table = {"row": [1, 1, 1], "a": [1, 0.01, 0], "b": [1, 0, 0.01], "c": [0.01, 1, 0], "d": [0, 1, 0.01],
+                     "e": [0.01, 0, 1], "f": [0, 0.01, 1]}
+            vectors = np.array([table[text if text in table else "row"] for text in texts], dtype=float)
+            return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    monkeypatch.setattr(utils, "load_embedder", Embedder)
+    letters = [tokenizer(letter)["input_ids"] for letter in "abcdef"]
+    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [letters for _ in trees])
+    for how in ("mmr", "dpp", "medoids"):
+        rows = draw(tiny_dir, test_file, tmp_path / f"{how}.jsonl", "--overgenerate", "6", "--select", how, "--limit", "2")
+        for row in rows:
+            assert {"abcdef".index(text) // 2 for text in row["preds"]} == {0, 1, 2} and row["drawn"] == list("abcdef")
+    assert json.loads((tmp_path / "dpp.json").read_text())["settings"]["floor"] == 0.15
+
+
+def test_a_list_that_cannot_be_read_leaves_the_row_short_and_counted(tiny_dir, test_file, tmp_path):
+    """The tiny model rambles: whatever it gives, preds plus missing make three, and the summary adds them up."""
+    rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--decoding", "verbalized", "--max_retries", "1", "--limit", "2")
+    assert all(row["preds"] == [] and row["warnings"]["missing"] == 3 and row["asked"] == 6 for row in rows)
+    summary = json.loads((tmp_path / "a.json").read_text())
+    assert summary["missing"] == 6 and summary["parse_rate"] == 0.0 and summary["responses"] == 0
+
+
+def test_a_resume_with_another_adapter_is_refused(checkpoint, test_file, tmp_path, capsys):
+    """The same folder name, other weights: half a file must not be finished by another model."""
+    copy = tmp_path / "check_2"
+    shutil.copytree(checkpoint, copy)
+    draw(copy, test_file, tmp_path / "a.jsonl", "--limit", "4")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, copy / "adapter_model.safetensors", {"format": "pt"})
+    (copy / "COMPLETE.json").unlink()
+    said = refused(capsys, 2, draw, copy, test_file, tmp_path / "a.jsonl", "--limit", "4", "--resume")
+    assert "was made with weights" in said

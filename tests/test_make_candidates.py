@@ -20,6 +20,7 @@ from conftest import DIALOGUES, ROOT, write_jsonl
 from servers import FOUR, error, listed, ok, wait_for
 
 import api
+import asking
 import utils
 from data import make_candidates
 
@@ -76,11 +77,11 @@ def make(tmp_path, monkeypatch, capsys):
     ("1.\n2. \n", []), ("", []),
 ])
 def test_a_list_is_parsed_into_its_items(text, items):
-    assert make_candidates.parse_list(text) == items
+    assert asking.parse_list(text) == items
 
 
 def test_an_answer_cut_at_its_token_limit_loses_its_last_item():
-    assert make_candidates.parse_list("1. One fine day.\n2. Two of", cut=True) == ["One fine day."]
+    assert asking.parse_list("1. One fine day.\n2. Two of", cut=True) == ["One fine day."]
 
 
 @pytest.mark.parametrize("text, why", [

@@ -243,7 +243,7 @@ def test_inference_shows_the_very_prompts_of_training(tokenizer, row, changes):
     tree = possibility.build_tree(row, tokenizer, args, random.Random(2))
     trained = {path[1].branch if args.number else None: [t for s in path[:-1] for t in s.input_ids]
                for path in segments(tree, LIKELIHOOD)}
-    args.num_response_per_input, args.max_new_tokens = 9, 10
+    args.num_branches, args.max_new_tokens = 9, 10
     asked = possibility.decode_tree(row, tokenizer, args).root
     for child in asked.children:
         key = child.branch if args.number else None
@@ -255,7 +255,7 @@ def test_inference_shows_the_very_prompts_of_training(tokenizer, row, changes):
 @pytest.mark.parametrize("row", [DIALOGUES[0], BOATS])
 def test_an_untuned_model_is_asked_without_a_number_and_with_a_length(tokenizer, row):
     args = possibility_args()
-    vars(args).update(method="base", num_response_per_input=3, max_new_tokens=9)
+    vars(args).update(method="base", num_branches=3, max_new_tokens=9)
     root = possibility.decode_tree(row, tokenizer, args).root
     want = utils.encode_prompt(tokenizer, utils.build_prompt(row, base=True))
     assert [root.input_ids + child.input_ids for child in root.children] == [want] * 3

@@ -1,0 +1,218 @@
+"""Beam search and diverse beam search on shared prefill, against plain references and the library's old results."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+
+import pytest
+import torch
+from conftest import DIALOGUES, ROOT, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import decoding
+import trees
+import utils
+from decoding import diverse_beam_search
+from trees import Tree, branch_prompts
+
+FIXTURES = ROOT / "tests" / "fixtures" / "diverse_beam.json"
+PAD = 0
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A decoder that needs a hub or a network fails here."""
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def reference(model, prompt: list[int], groups: int, size: int, penalty: float, eos: int, new: int) -> list[list[int]]:
+    """Diverse beam search of one prompt by the book: no cache, no batch, dictionaries instead of tensors.
+
+    A group is a list of (score, tokens); finished beams compete by score / length; best first.
+    """
+    def logps(tokens: list[int]) -> list[float]:
+        return model(torch.tensor([prompt + tokens])).logits[0, -1].float().log_softmax(-1).tolist()
+
+    running = [[(0.0, [])] for _ in range(groups)]
+    found: list[list[tuple[float, list[int]]]] = [[] for _ in range(groups)]
+    closed = [False] * groups
+    for step in range(1, new + 1):
+        taken: dict[int, int] = {}
+        for g in range(groups):
+            if closed[g]:
+                taken[PAD] = taken.get(PAD, 0) + size
+                continue
+            options = [(score + p - penalty * taken.get(token, 0), tokens, token)
+                       for score, tokens in running[g] for token, p in enumerate(logps(tokens))]
+            options = sorted(options, key=lambda o: -o[0])[: 2 * size]
+            running[g] = []
+            for rank, (score, tokens, token) in enumerate(options):
+                if token != eos:
+                    running[g].append((score, [*tokens, token]))
+                elif rank < size:
+                    found[g] = sorted([*found[g], (score / step, tokens)], key=lambda f: -f[0])[:size]
+                if len(running[g]) == size:
+                    break
+            closed[g] = len(found[g]) == size and found[g][-1][0] >= options[0][0] / step
+            for _, tokens in running[g]:
+                taken[tokens[-1]] = taken.get(tokens[-1], 0) + 1
+        if all(closed):
+            break
+    for g in range(groups):
+        if not closed[g]:
+            found[g] = sorted(found[g] + [(s / len(t), t) for s, t in running[g]], key=lambda f: -f[0])[:size]
+    return [tokens for _, tokens in sorted((f for own in found for f in own), key=lambda f: -f[0])]
+
+
+def strip(sequences: torch.Tensor, start: int, eos: int) -> list[list[int]]:
+    new = sequences[:, start:].tolist()
+    return [ids[: ids.index(eos)] if eos in ids else ids for ids in new]
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 99), groups=st.integers(1, 4), size=st.integers(1, 3), penalty=st.sampled_from([0.3, 1.0, 5.0]),
+       lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3))
+def test_diverse_beam_search_equals_the_slow_reference_in_left_padded_batches(seed, groups, size, penalty, lengths):
+    """A random model of 17 tokens, one of them the end, so that beams end early, late and never."""
+    model = make_model(17, seed)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(2, 17, (n,), generator=generator).tolist() for n in lengths]
+    ids, mask = trees.left_pad(prompts, PAD, "cpu")
+    beams = groups * size
+    out = model.generate(input_ids=ids, attention_mask=mask, num_beams=beams, num_return_sequences=beams, max_new_tokens=6,
+                         eos_token_id=1, pad_token_id=PAD, custom_generate=diverse_beam_search,
+                         num_beam_groups=groups, diversity_penalty=penalty)
+    with torch.no_grad():
+        want = [tokens for p in prompts for tokens in reference(model, p, groups, size, penalty, 1, 6)]
+    assert strip(out, ids.shape[1], 1) == want
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="tests/make_beam_fixtures.py has not been run")
+def test_token_ids_equal_those_of_transformers_4_55_4():
+    """Fixtures written by tests/make_beam_fixtures.py under transformers 4.55.4: sequences and their scores."""
+    from make_beam_fixtures import build_model
+
+    kept = json.loads(FIXTURES.read_text())
+    assert len(kept["cases"]) >= 30
+    for case in kept["cases"]:
+        model = build_model(kept["models"][case["model"]])
+        out = model.generate(
+            input_ids=torch.tensor(case["input_ids"]), attention_mask=torch.tensor(case["attention_mask"]),
+            custom_generate=diverse_beam_search, return_dict_in_generate=True, **case["settings"])
+        assert out.sequences.tolist() == case["sequences"], case["name"]
+        torch.testing.assert_close(out.sequences_scores, torch.tensor(case["scores"]), rtol=1e-4, atol=1e-4, msg=case["name"])
+
+
+def forest_of(tokenizer, branches: int = 1) -> list[Tree]:
+    prompts = [[utils.encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in range(1, branches + 1)]
+               for row in DIALOGUES[:3]]
+    return [Tree(branch_prompts(own, list(range(1, branches + 1)))) for own in prompts]
+
+
+def copied(tree: Tree, branch: int = 0) -> torch.Tensor:
+    return torch.tensor([tree.root.input_ids + tree.root.children[branch].input_ids])
+
+
+def test_one_group_is_beam_search_and_a_vanishing_penalty_gives_copies_of_it(tiny_model, tokenizer):
+    """Three groups of two at penalty 1e-9: every sequence of a beam search with two beams, three times."""
+    forest = forest_of(tokenizer)
+    plain = decoding.beam(tiny_model, forest, PAD, 1, 10, num_beams=2, num_responses=2)
+    assert decoding.diverse(tiny_model, forest, PAD, 1, 10, 2, 1, 2) == plain
+    copies = decoding.diverse(tiny_model, forest, PAD, 1, 10, 6, 3, 6, diversity_penalty=1e-9)
+    assert [sorted(row) for row in copies] == [sorted(row * 3) for row in plain]
+
+
+def test_a_higher_penalty_changes_the_output_and_its_first_tokens_differ(tiny_model, tokenizer):
+    """Five groups of one beam: at 1e-9 all begin alike, at 50 nats no two begin alike."""
+    forest = forest_of(tokenizer)
+    low, high = (decoding.diverse(tiny_model, forest, PAD, 1, 10, 5, 5, 5, diversity_penalty=p) for p in (1e-9, 50.0))
+    assert low != high
+    assert all(len({tuple(ids[:1]) for ids in row}) == 1 for row in low)
+    assert all(len({tuple(ids[:1]) for ids in row}) == 5 for row in high)
+
+
+@pytest.mark.parametrize("how", ["beam", "diverse"])
+def test_beams_on_shared_prefill_are_those_of_copied_prompts(how, tiny_model, tokenizer):
+    """Rows of different lengths decoded together and each alone by the library with its own prompt."""
+    forest = forest_of(tokenizer)
+    options = dict(max_new_tokens=8, eos_token_id=1, pad_token_id=PAD, num_beams=4, num_return_sequences=4)
+    if how == "beam":
+        shared = decoding.beam(tiny_model, forest, PAD, 1, 8, 4, 4)
+    else:
+        shared = decoding.diverse(tiny_model, forest, PAD, 1, 8, 4, 2, 4, diversity_penalty=1.0)
+        options |= dict(custom_generate=diverse_beam_search, num_beam_groups=2, diversity_penalty=1.0)
+    for tree, row in zip(forest, shared, strict=True):
+        ids = copied(tree)
+        alone = tiny_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert strip(alone, ids.shape[1], 1) == row
+
+
+def test_a_number_per_group_is_the_search_of_that_number_where_groups_do_not_meet(tiny_model, tokenizer):
+    """At a penalty of 1e-9 group g under number g finds what a greedy search under number g finds."""
+    forest = forest_of(tokenizer, branches=3)
+    found = decoding.diverse(tiny_model, forest, PAD, 1, 8, 3, 3, 3, diversity_penalty=1e-9)
+    want = decoding.greedy(tiny_model, forest, PAD, 1, 8)
+    assert [sorted(row) for row in found] == [sorted(row) for row in want]
+    assert len({tuple(ids) for ids in want[0]}) > 1, "numbers that all lead to one response would prove nothing"
+
+
+def test_diverse_beam_search_runs_through_a_lora_adapter(tiny_model, tokenizer):
+    """With B = 0 the adapter is the base model; with random weights it is another one."""
+    from peft import LoraConfig, get_peft_model
+
+    forest = forest_of(tokenizer)
+    base = decoding.diverse(tiny_model, forest, PAD, 1, 8, 4, 4, 4)
+    wrapped = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4)).eval()
+    assert decoding.diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) == base
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    assert decoding.diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) != base
+
+
+@pytest.mark.parametrize(("options", "what"), [
+    ({"num_beams": 5, "num_beam_groups": 2}, "num_beams 5 must be a multiple of num_beam_groups 2"),
+    ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.0}, "diversity_penalty 0.0 must be above 0"),
+    ({"num_beams": 4, "diversity_penalty": math.nan}, "must be above 0"),
+])
+def test_impossible_groups_and_penalties_are_named(tiny_model, options, what):
+    with pytest.raises(ValueError, match=what):
+        tiny_model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, custom_generate=diverse_beam_search, **options)
+
+
+def test_processors_of_generate_reach_the_groups(tiny_model):
+    """A repetition penalty so high that no token may come twice."""
+    ids = torch.tensor([[5, 6, 7]])
+    out = tiny_model.generate(ids, max_new_tokens=12, num_beams=3, num_return_sequences=3, repetition_penalty=1e6,
+                              eos_token_id=None, pad_token_id=PAD, custom_generate=diverse_beam_search)
+    assert all(len(set(row)) == len(row) for row in out.tolist())
+
+
+def test_top_n_sigma_keeps_logits_within_n_deviations_of_the_best():
+    """Logits 3, 2, 1, -2: mean 1, deviation sqrt((4 + 1 + 0 + 9) / 3) = 2.16; within one of 3: 3, 2, 1; within 0.4: 3."""
+    scores = torch.tensor([[3.0, 2.0, 1.0, -2.0]])
+    assert torch.isfinite(decoding.TopNSigma(1.0)(None, scores)).tolist() == [[True, True, True, False]]
+    assert torch.isfinite(decoding.TopNSigma(0.4)(None, scores)).tolist() == [[True, False, False, False]]
+
+
+def test_the_context_is_held_once_until_decoding_starts(tiny_model, tokenizer, monkeypatch):
+    """While the prompts are computed the cache has a sequence per row, not one per response."""
+    from transformers import DynamicCache
+
+    seen = []
+    real = DynamicCache.batch_repeat_interleave
+
+    def spy(cache, repeats):
+        seen.append((cache.layers[0].keys.shape[0], repeats))
+        real(cache, repeats)
+
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spy)
+    decoding.diverse(tiny_model, forest_of(tokenizer), PAD, 1, 3, 4, 4, 4)
+    decoding.sample(tiny_model, forest_of(tokenizer, 5), [1, 2, 3], PAD, 1, 3)
+    assert seen == [(3, 4), (3, 5)]
