@@ -182,9 +182,11 @@ def diverse_beam_search(model, input_ids: Tensor, logits_processor=None, stoppin
         taken = torch.zeros_like(logps[:, 0, 0])  # (rows, V): how often earlier groups took each token at this step
         origin, token = torch.zeros((2, num_rows, num_groups, size), dtype=torch.long, device=input_ids.device)
         for g in range(num_groups):
-            scores = logps[:, g] - diversity_penalty * taken[:, None] if g else logps[:, g]
-            if logits_processor:
-                scores = logits_processor(ids[:, g].flatten(0, 1), scores.flatten(0, 1)).view_as(scores)
+            if g:
+                logps[:, g] -= diversity_penalty * taken[:, None]
+            scores = logps[:, g]
+            if logits_processor:  # some hold a number per sequence of the whole batch
+                scores = logits_processor(input_ids, logps.flatten(0, 2)).view_as(logps)[:, g]
             scores = (scores + running[:, g, :, None]).flatten(1)  # (rows, size x V)
             best, place = scores.topk(max(2, 1 + len(eos_ids)) * size)
             chosen = []

@@ -11,6 +11,7 @@ import torch
 from conftest import DIALOGUES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_beam_fixtures import build_model
 
 import decoding
 import trees
@@ -93,17 +94,17 @@ def test_diverse_beam_search_equals_the_slow_reference_in_left_padded_batches(se
     assert strip(out, ids.shape[1], 1) == want
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="tests/make_beam_fixtures.py has not been run")
-def test_token_ids_equal_those_of_transformers_4_55_4():
-    """Fixtures written by tests/make_beam_fixtures.py under transformers 4.55.4: sequences and their scores."""
-    from make_beam_fixtures import build_model
-
+def test_token_ids_and_scores_equal_those_of_transformers_4_55_4():
+    """43 cases of tests/make_beam_fixtures.py: one prompt and eight left-padded ones, ends early and never."""
     kept = json.loads(FIXTURES.read_text())
-    assert len(kept["cases"]) >= 30
+    models = {name: build_model(recipe) for name, recipe in kept["models"].items()}
+    for name, recipe in kept["models"].items():
+        logits = models[name](torch.arange(2, 12)[None]).logits[0, -1]
+        torch.testing.assert_close(logits, torch.tensor(recipe["probe"]), rtol=1e-4, atol=1e-4, msg="the models differ")
+    assert len(kept["cases"]) == 43
     for case in kept["cases"]:
-        model = build_model(kept["models"][case["model"]])
-        out = model.generate(
-            input_ids=torch.tensor(case["input_ids"]), attention_mask=torch.tensor(case["attention_mask"]),
+        out = models[case["model"]].generate(
+            torch.tensor(case["input_ids"]), attention_mask=torch.tensor(case["attention_mask"]),
             custom_generate=diverse_beam_search, return_dict_in_generate=True, **case["settings"])
         assert out.sequences.tolist() == case["sequences"], case["name"]
         torch.testing.assert_close(out.sequences_scores, torch.tensor(case["scores"]), rtol=1e-4, atol=1e-4, msg=case["name"])
