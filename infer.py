@@ -69,7 +69,7 @@ def build_parser(method: str | None) -> FlagParser:
     group = parser.add_argument_group("choosing")
     group.add_argument("--overgenerate", type=int, metavar="M", help="draw M responses and keep the most different ones")
     group.add_argument("--select", choices=["mmr", "dpp", "medoids"], help="how they are chosen (default: dpp)")
-    group.add_argument("--floor", type=float, help="least cosine of row and response to be chosen (default: 0.15)")
+    group.add_argument("--floor", type=float, help="least cosine of row and response to be chosen (default: 0.25)")
     group = parser.add_argument_group("server")
     group.add_argument("--engine", choices=["hf", "openai"], default="hf", help="this machine (default), or an OpenAI-compatible server")
     group.add_argument("--base_url", help="the server's address, such as http://127.0.0.1:8000/v1")

@@ -352,7 +352,7 @@ def test_of_many_drawn_the_most_different_are_kept_and_all_are_recorded(tiny_dir
         rows = draw(tiny_dir, test_file, tmp_path / f"{how}.jsonl", "--overgenerate", "6", "--select", how, "--limit", "2")
         for row in rows:
             assert {"abcdef".index(text) // 2 for text in row["preds"]} == {0, 1, 2} and row["drawn"] == list("abcdef")
-    assert json.loads((tmp_path / "dpp.json").read_text())["settings"]["floor"] == 0.15
+    assert json.loads((tmp_path / "dpp.json").read_text())["settings"]["floor"] == 0.25
 
 
 def test_a_list_that_cannot_be_read_leaves_the_row_short_and_counted(tiny_dir, test_file, tmp_path):
