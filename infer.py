@@ -222,10 +222,6 @@ def settle_settings(args, run: dict, limit: int | None) -> None:
     if args.max_length is None and limit:
         args.max_length = min(limit, run["args"].get("max_length", limit))
     args.max_pos_number = run["args"].get("max_pos_number", 9)
-    if args.method == "peft" and args.decoding in BY_TREE and args.num_branches > args.max_pos_number:
-        utils.note(f"note: {args.num_branches} responses, but numbers 1 to {args.max_pos_number} were trained: they are used in turn")
-    if args.numbers == "per_group" and args.method != "peft":
-        utils.die(2, f"--numbers per_group, but method {args.method} has no possibility numbers", "drop it")
 
 
 def warn_of_overlap(rows: list[dict], run: dict, args) -> None:
@@ -266,6 +262,11 @@ def plan(engine, rows: list[dict], args):
         return lambda block: answer_by_messages(engine, method, rows, block, args), 0
     trees = [method.decode_tree(row, engine.tokenizer, args) for row in rows]
     refuse_long_rows([i for i, tree in enumerate(trees) if tree is None], args)
+    different = len({tuple(child.input_ids) for child in trees[0].root.children})
+    if args.numbers == "per_group" and different == 1 < args.num_branches:
+        utils.die(2, f"--numbers per_group, but method {args.method} has one prompt for all groups", "drop it")
+    if 1 < different < args.num_branches:
+        utils.note(f"note: {args.num_branches} responses under {different} different prompts, which are used in turn")
     truncated = sum(tree.dropped_turns > 0 for tree in trees)
     return lambda block: answer_by_tree(engine, [trees[i] for i in block], block, args), truncated
 
@@ -296,15 +297,14 @@ def answer_by_messages(engine, method, rows: list[dict], block: list[int], args)
     """The same prompts through a server: equal ones in one call, others one by one."""
     temperature = args.temperature if args.decoding == "sampling" else 0.0
     messages = [method.decode_messages(rows[i], args) for i in block]
-    if args.method != "peft":
+    if len(set(messages[0])) == 1:
         drawn = engine.ask([own[0] for own in messages], [utils.row_seed(args.seed, i) for i in block], args.num_drawn,
                            args.max_new_tokens, temperature)
     else:
-        flat = engine.ask([m for own in messages for m in own],
-                          [utils.row_seed(args.seed, i) + k for i, own in zip(block, messages, strict=True) for k in range(len(own))],
-                          1, args.max_new_tokens, temperature)
-        drawn = [[r for replies in flat[k * args.num_drawn : (k + 1) * args.num_drawn] for r in replies]
-                 for k in range(len(block))]
+        seeds = [utils.row_seed(args.seed, i) + k for i in block for k in range(args.num_drawn)]
+        flat = engine.ask([message for own in messages for message in own], seeds, 1, args.max_new_tokens, temperature)
+        drawn = [[reply for replies in flat[k : k + args.num_drawn] for reply in replies]
+                 for k in range(0, len(flat), args.num_drawn)]
     return [clean_row(replies, args) for replies in drawn]
 
 

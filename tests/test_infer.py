@@ -302,7 +302,7 @@ def test_cleaning_takes_labels_and_quotes_and_nothing_that_was_said(text, want):
     (["--select", "mmr"], "add --overgenerate M"), (["--overgenerate", "6", "--floor", "2"], "--floor 2.0 is no cosine"),
     (["--engine", "openai"], "--engine openai needs --base_url and --served_model"), (["--base_url", "http://x"], "add --engine openai"),
     (["--decoding", "list", "--max_retries", "-1"], "--max_retries -1 must be at least 0"),
-    (["--decoding", "diverse", "--numbers", "per_group"], "method base has no possibility numbers"),
+    (["--decoding", "diverse", "--numbers", "per_group"], "method base has one prompt for all groups"),
 ])
 def test_flags_that_do_not_fit_together_are_refused_with_their_numbers(tiny_dir, test_file, tmp_path, capsys, flags, what):
     assert what in refused(capsys, 2, draw, tiny_dir, test_file, tmp_path / "a.jsonl", *flags)
@@ -331,7 +331,7 @@ def test_diverse_uses_the_first_number_for_every_group_or_one_for_each(checkpoin
 def test_more_responses_than_trained_numbers_use_them_in_turn_and_say_so(checkpoint, test_file, tmp_path, capsys):
     """Numbers 1 to 9 were trained: response 10 is asked for with number 1, response 11 with number 2."""
     draw(checkpoint, test_file, tmp_path / "a.jsonl", "--limit", "1", "--num_response_per_input", "11")
-    assert "11 responses, but numbers 1 to 9 were trained" in capsys.readouterr().err
+    assert "11 responses under 9 different prompts, which are used in turn" in capsys.readouterr().err
 
 
 def test_of_many_drawn_the_most_different_are_kept_and_all_are_recorded(tiny_dir, tokenizer, test_file, tmp_path, monkeypatch):
