@@ -387,6 +387,25 @@ def test_a_signal_saves_stops_and_names_the_way_on(tiny_dir, train_file, tmp_pat
     assert f"stopped by signal {int(signum)}, saved {saved[0]}; the same command with --resume goes on" in errors
 
 
+def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(tiny_dir, train_file, tmp_path):
+    """An update of 200 micro-steps, a checkpoint after each: in the second one the first Ctrl-C waits for its end, two do not."""
+    argv = flags(tiny_dir, train_file, tmp_path, "--num_train_epochs", "5000", "--gradient_accumulation_steps", "200",
+                 "--save_steps", "200")
+    run = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.time() + 90
+    while not utils.checkpoints_in(tmp_path / "peft") and time.time() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert run.poll() is None, "the first one lets the update end"
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors[-2000:]
+    assert [p.name for p in utils.checkpoints_in(tmp_path / "peft")] == ["check_200"], "no later one was written"
+    assert "Traceback" not in errors and not utils.missing_files(tmp_path / "peft" / "check_200")
+
+
 def test_two_processes_give_the_loss_of_one_with_twice_the_accumulation(tiny_dir, train_file, tmp_path):
     """8 contexts: two processes x 1 context x accumulation 1 sees the updates of one process x accumulation 2.
 
