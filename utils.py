@@ -716,6 +716,8 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         check_adapter(folder)
+        if chat_template:
+            die(2, f"--chat_template: {folder} brings the template that it was trained with", "drop the flag")
         missing = missing_files(folder) if (folder / "COMPLETE.json").exists() else []
         if missing:
             die(2, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")

@@ -363,6 +363,11 @@ def test_a_list_that_cannot_be_read_leaves_the_row_short_and_counted(tiny_dir, t
     assert summary["missing"] == 6 and summary["parse_rate"] == 0.0 and summary["responses"] == 0
 
 
+def test_an_adapter_keeps_the_template_it_was_trained_with(checkpoint, test_file, tmp_path, capsys):
+    said = refused(capsys, 2, draw, checkpoint, test_file, tmp_path / "a.jsonl", "--chat_template", "none")
+    assert "brings the template that it was trained with" in said
+
+
 def test_a_resume_with_another_adapter_is_refused(checkpoint, test_file, tmp_path, capsys):
     """The same folder name, other weights: half a file must not be finished by another model."""
     copy = tmp_path / "check_2"
