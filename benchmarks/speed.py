@@ -1,11 +1,17 @@
-"""Prompt trees against padded rows: seconds and peak memory of a training step, in one run.
+"""Speed, each figure against its own yardstick in the same run.
 
     python benchmarks/speed.py train
+    python benchmarks/speed.py judge
 
-The baseline is what the published code does: every (number, reply) pair is a row with its own copy of
-the context, padded to the longest, with the logits of all positions. Model, rows, loss and adapter
-are the same on both sides. flop_share is the step's floating point operations per second over the
-rate at which the machine multiplies matrices of this model's shapes, measured in the same run.
+train: prompt trees against padded rows, seconds and peak memory of a training step. The baseline is what the
+published code does: every (number, reply) pair is a row with its own copy of the context, padded to the
+longest, with the logits of all positions. Model, rows, loss and adapter are the same on both sides. flop_share
+is the step's floating point operations per second over the rate at which the machine multiplies matrices of
+this model's shapes.
+
+judge: judgements per second through a server of this machine that takes 0.1 s for each, over the rate at which
+connections that wait for nothing else would get them.
+
 Prints tables, and as its last line one JSON object.
 """
 
@@ -15,15 +21,19 @@ import argparse
 import ctypes
 import gc
 import json
+import multiprocessing
 import random
 import sys
+import tempfile
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
 
 import torch  # noqa: E402
 
+import judges  # noqa: E402
 import trees  # noqa: E402
 import utils  # noqa: E402
 from methods import possibility  # noqa: E402
@@ -34,11 +44,19 @@ MAX_PADDED_TOKENS = 8000  # beyond, the logits of all positions of a small model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train"])
+    parser.add_argument("what", choices=["train", "judge"])
     parser.add_argument("--model_name", default=utils.EMBEDDED)
     parser.add_argument("--train_file", default="data/train_dialogs_1k.jsonl")
     parser.add_argument("--steps", type=int, default=6, help="timed contexts of the main comparison (default: 6)")
     flags = parser.parse_args()
+    result = judge_speed() if flags.what == "judge" else train_speed(flags)
+    print(json.dumps(result | {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}))
+
+
+# ---- train --------------------------------------------------------------------------------------
+
+
+def train_speed(flags) -> dict:
     torch.manual_seed(0)
     folder = utils.model_dir(flags.model_name)
     tokenizer = utils.load_tokenizer(folder)
@@ -47,9 +65,7 @@ def main() -> None:
     rows = sorted(utils.read_jsonl(flags.train_file),
                   key=lambda row: abs(utils.count_words(row["context"]) - PUBLISHED_CONTEXT_WORDS))
     result = compare(model, tokenizer, rows[: flags.steps], args)
-    result |= {"growth": growth(model, tokenizer, rows)}
-    result |= {"device": device_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps(result))
+    return result | {"growth": growth(model, tokenizer, rows)}
 
 
 def training_args(num_response_per_input: int) -> argparse.Namespace:
@@ -178,6 +194,70 @@ def num_tokens(forest) -> int:
 def num_padded(forest) -> int:
     lengths = [len(row["input_ids"]) for tree in forest for row in trees.ordinary_rows(tree)]
     return max(lengths) * len(lengths)
+
+
+# ---- judge --------------------------------------------------------------------------------------
+
+ANSWER_SECONDS = 0.1
+
+
+class SlowServer(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+
+class Answerer(BaseHTTPRequestHandler):
+    """Rates everything 7 after ANSWER_SECONDS."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body leave together
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        time.sleep(ANSWER_SECONDS)
+        message = {"role": "assistant", "content": "It fits.\nRating: 7"}
+        body = json.dumps({"model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def judge_speed() -> dict:
+    """1,000 judgements at 16 connections, fewer at fewer, against a server in a process of its own."""
+    server = SlowServer(("127.0.0.1", 0), Answerer)
+    process = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
+    process.start()
+    try:
+        lines = [judge_rate(connections, count, server.server_port) for connections, count in ((1, 60), (4, 250), (16, 1000))]
+    finally:
+        process.kill()
+    table("judgements through a server that takes 0.1 s", ["connections", "judgements", "a second", "ideal", "share"],
+          [[f"{v:g}" for v in line.values()] for line in lines])
+    return {"share_of_ideal": lines[-1]["share"], "judgements": lines}
+
+
+def judge_rate(connections: int, count: int, port: int) -> dict:
+    """Judgements per second, with keys, parsing and a synced log line for each."""
+    stages = [judges.parse_stage(number, "openai:m", f"http://127.0.0.1:{port}") for number in (1, 2)]
+    items = [({"context": "Is a tomato a fruit?"}, f"Ask cook number {i}.") for i in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        judge = judges.APIJudge(stages, "first", Path(folder) / "log.jsonl", connections)
+        judge.judge([({"context": "Who is there?"}, f"Visitor {i}.") for i in range(connections)])  # connects, imports
+        judge.log_file = judge.log_file.with_name("timed.jsonl")
+        start = time.perf_counter()
+        verdicts = judge.judge(items)
+        rate = count / (time.perf_counter() - start)
+    assert all(verdict.score == 7 for verdict in verdicts)
+    ideal = connections / ANSWER_SECONDS
+    return {"connections": connections, "count": count, "rate": round(rate, 1), "ideal": ideal, "share": round(rate / ideal, 3)}
+
+
+# ---- measuring ----------------------------------------------------------------------------------
 
 
 def reset_peak() -> None:
