@@ -18,7 +18,6 @@ so gives less variety, unless the model's generation_config.json says "do_sample
 from __future__ import annotations
 
 import json
-import queue
 import re
 import shlex
 import sys
@@ -194,40 +193,6 @@ def load_embed() -> Callable:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def work(make: Callable[[str], dict], keys: list[str], num_threads: int) -> Iterator[dict]:
-    """make(key) of every key, as they finish; the first error ends it, after what else is finished.
-
-    Threads are daemons, so a call in flight does not hold up Ctrl-C. One thread is the caller's own: torch
-    does not take it well when a daemon of its own is cut off.
-    """
-    if num_threads == 1:
-        yield from map(make, keys)
-        return
-    tasks, results = queue.SimpleQueue(), queue.SimpleQueue()
-    for key in keys:
-        tasks.put(key)
-
-    def worker() -> None:
-        try:
-            while True:
-                results.put(make(tasks.get_nowait()))
-        except queue.Empty:
-            pass
-        except BaseException as error:  # also SystemExit; the main thread raises it
-            results.put(error)
-
-    for _ in range(num_threads):
-        threading.Thread(target=worker, daemon=True).start()
-    for _ in keys:
-        result = results.get()
-        if isinstance(result, BaseException):
-            while not results.empty():
-                if isinstance(other := results.get(), dict):
-                    yield other
-            raise result
-        yield result
-
-
 def read_finished(path: Path, rows: dict[str, dict]) -> dict[str, dict]:
     """The rows of an interrupted run's file by key; dies over rows that are none of this run."""
     if not path.exists():
@@ -258,7 +223,7 @@ def make_all(rows: dict[str, dict], made: dict, rejected: dict, files: tuple[Pat
     todo = [key for key in rows if key not in made and key not in rejected]
     failed = 0  # rows in a row
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="row", desc=files[0].stem) as bar:
-        for row in work(make, todo, args.max_connections if args.base_url else 1):
+        for row in api.work(make, todo, args.max_connections if args.base_url else 1):
             accepted = len(row["candidates"]) >= args.min_candidates
             if accepted or "failed" not in row["made"]:  # what failed is tried again after a kill
                 utils.append_jsonl(files[0] if accepted else files[1], [row])

@@ -33,6 +33,11 @@ def ok(content: str | None = None, **body) -> tuple:
     return 200, {"model": "served-1", "choices": [{"index": 0, "finish_reason": "stop", "message": message}], **body}
 
 
+def rated(rating: object, **body) -> tuple:
+    """A 200 with a judge's answer."""
+    return ok(f"It takes up what was said.\nRating: {rating}", **body)
+
+
 def error(status: int, message: str = "no", headers: dict | None = None, **fields) -> tuple:
     return status, {"error": {"message": message, **fields}}, headers or {}
 
@@ -50,7 +55,7 @@ BAD = {
 
 @pytest.fixture
 def serve():
-    """serve(answers) starts a server that gives the scripted answers one by one, then ok() for ever.
+    """serve(answers) starts a server that gives the scripted answers one by one, then `then` or ok() for ever.
 
     An answer is (status, body, headers), a function of the request's body, or "hang", "reset" or "half".
     """
@@ -60,7 +65,7 @@ def serve():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.seen.append((self.path, self.headers["Authorization"], body))
-            answer = self.server.answers.pop(0) if self.server.answers else ok()
+            answer = self.server.answers.pop(0) if self.server.answers else self.server.then
             if callable(answer):
                 answer = answer(body)
             if answer == "hang":
@@ -80,9 +85,9 @@ def serve():
         def log_message(self, *args):
             pass
 
-    def start(*answers):
+    def start(*answers, then=None):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.answers, server.seen = list(answers), []
+        server.answers, server.seen, server.then = list(answers), [], then or ok()
         server.url = f"http://127.0.0.1:{server.server_port}"
         server.handle_error = lambda *args: None
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from email.utils import formatdate
 
@@ -98,6 +99,112 @@ def test_keys_are_cut_out_of_messages(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "hush-hush")
     said = "hush-hush sk-abc123def Bearer xyz http://me:word@host task-1"
     assert api.redact(said) == "[key] [key] Bearer [key] http://[key]@host task-1"
+
+
+def test_keys_of_every_provider_and_of_key_files_are_cut_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("TOGETHER_API_KEY", "shush")
+    path = tmp_path / "keys"
+    path.write_text("OPENAI_API_KEY=quiet-now\n")
+    path.chmod(0o600)
+    assert api.read_key("OPENAI_API_KEY", path) == "quiet-now" and api.read_key("TOGETHER_API_KEY", path) == "shush"
+    said = f"shush quiet-now tgp_v1_abc {'0123456789' * 5} https://h/{'a' * 39}"
+    assert api.redact(said) == f"[key] [key] [key] [key] https://h/{'a' * 39}"
+
+
+@pytest.mark.parametrize("mode, refused", [(0o600, False), (0o400, False), (0o640, True), (0o604, True), (0o777, True)])
+def test_a_key_file_is_for_its_owner_alone(tmp_path, mode, refused, capsys):
+    path = tmp_path / "keys"
+    path.write_text("# mine\nOPENAI_API_KEY = secret-1 \n")
+    path.chmod(mode)
+    if not refused:
+        assert api.read_key("OPENAI_API_KEY", path) == "secret-1"
+        return
+    with pytest.raises(SystemExit, match="2"):
+        api.read_key("OPENAI_API_KEY", path)
+    said = capsys.readouterr().err
+    assert f"mode {mode:o}" in said and "chmod 600" in said and "secret-1" not in said
+
+
+def test_a_key_file_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        api.read_key("OPENAI_API_KEY", tmp_path / "none")
+    assert "none is not a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("provider, url, key", [
+    ("openai", "https://api.openai.com", None), ("together", "https://api.together.xyz/v1", None),
+    ("together", "http://127.0.0.1:1", "none"), ("openai", "https://api.together.xyz", "none"),
+])
+def test_only_a_providers_own_address_needs_its_key(monkeypatch, provider, url, key, capsys):
+    for _, name in api.PROVIDERS.values():
+        monkeypatch.delenv(name, raising=False)
+    if key:
+        assert api.connect(url, 5, provider).api_key == key
+        return
+    with pytest.raises(SystemExit, match="3"):
+        api.connect(url, 5, provider)
+    assert f"{api.PROVIDERS[provider][1]} is not set" in capsys.readouterr().err
+
+
+def test_no_provider_is_sent_the_key_of_another(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "one")
+    monkeypatch.setenv("TOGETHER_API_KEY", "two")
+    assert [api.connect("http://h", 5, provider).api_key for provider in ("openai", "together")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("fault, kind", [
+    (BAD["blank"], "empty"), (BAD["content null"], "filtered"), (BAD["500"], "http_error"), (BAD["half a body"], "http_error"),
+    (BAD["no choices"], "http_error"), ("hang", "timeout"), (error(422), "http_error"),
+    (ok("", choices=[{"message": {"content": ""}, "finish_reason": "length"}]), "truncated"),
+])
+def test_what_failed_is_told_by_kind(serve, monkeypatch, fault, kind):
+    monkeypatch.setattr(api, "MAX_BAD_ANSWERS", 1)
+    client = api.connect(serve(fault).url, timeout=0.3)
+    with pytest.raises(api.Failed) as failed:
+        api.retrying(lambda: api.chat(client, "m", HELLO, 9), time.monotonic() + 5)
+    assert api.kind(failed.value.__cause__) == kind
+
+
+@pytest.mark.parametrize("num_threads", [1, 3, 50])
+def test_work_is_done_once_for_every_item_on_as_many_threads_as_asked(num_threads):
+    threads = set()
+
+    def double(item):
+        threads.add(threading.get_ident())
+        time.sleep(0.01)
+        return 2 * item
+
+    assert sorted(api.work(double, list(range(12)), num_threads)) == [2 * i for i in range(12)]
+    assert len(threads) <= num_threads and (num_threads == 1) == (threads == {threading.get_ident()})
+
+
+def test_an_error_starts_no_more_work_and_keeps_what_ends_in_time():
+    """Item 0 fails while 1 is in flight for 0.2 s and 2 for 5 s; 3 is never started."""
+    started, results, begin = [], [], time.monotonic()
+
+    def call(item):
+        started.append(item)
+        time.sleep([0.1, 0.2, 5][item])
+        return item if item else 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        for result in api.work(call, [0, 1, 2, 3], 3, grace=0.5):
+            results.append(result)
+    assert sorted(started) == [0, 1, 2] and time.monotonic() - begin < 2
+    assert results == [1]
+
+
+def test_a_caller_that_stops_listening_stops_the_work():
+    started = []
+
+    def call(item):
+        started.append(item)
+        time.sleep(0.05)
+
+    for _ in api.work(call, list(range(100)), 2):
+        break
+    time.sleep(0.2)
+    assert len(started) <= 5
 
 
 def test_openai_itself_needs_a_key_and_a_key_has_no_spaces(monkeypatch):

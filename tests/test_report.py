@@ -1,0 +1,207 @@
+"""report.py: what the table and the page say, that no text of a reply becomes markup, and the page in a real browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import report
+import utils
+
+EVIL = '<script>document.title = "sprung"</script><img src=x onerror="document.title = 1">'
+
+
+def system(yields, coherent, diversity, control=False, **more) -> dict:
+    spread = lambda mean: [mean, round(mean - 0.1, 4), round(mean + 0.3, 4)]  # noqa: E731
+    return {"control": control, "yield@2": spread(yields), "coherent": spread(coherent), "distinct_k": spread(diversity), "self_bleu": None,
+            "rows": 3, "responses": 6, "empty": 1, "reasons": {"self_bleu": "one response a prompt"}, **more}
+
+
+@pytest.fixture
+def summary() -> dict:
+    """Two systems and two controls, of which one is more diverse than both systems."""
+    return {
+        "k": 2, "rows": 3, "controllability": {}, "judge": {"text": "a proxy with AUC 0.9"},
+        "systems": {"base": system(0.5, 0.4, 1.5), "tuned": system(1.5, 0.8, 1.4),
+                    "control: random words": system(0.1, 0.02, 2.0, True), "control: repeated": system(0.4, 0.4, 1.0, True)},
+        "differences": {"tuned - base": {"yield@2": [1.0, 0.4, 1.5], "coherent": [0.4, -0.1, 0.8], "distinct_k": [-0.1, -0.4, 0.2]}},
+        "matched": {"tuned - base": {"measures": {"distinct_k": [0.05, -0.2, 0.3]}, "prompts": 2, "left_out": 1, "responses": 4}},
+    }
+
+
+@pytest.fixture
+def prompts(summary) -> list[dict]:
+    """Three dialogues; `base` answers the second with markup, and yields 0, 2, 1; `tuned` yields 2, 1, 2."""
+
+    def reply(text, number=0, coherent=True):
+        return {"text": text, "class": number, "coherent": coherent, "verdict": "0.91", "why": None}
+
+    pages = []
+    for n, context in enumerate(["Is it raining?", "Who ate <b>it</b>?", "Shall we go?"]):
+        systems = {name: {"replies": [reply("Yes."), reply("No.", 1, None)], "similarity": [[1, 0.25], [0.25, 1]], "yield": None}
+                   for name in summary["systems"]}
+        systems["base"] |= {"replies": [reply(EVIL if n == 1 else "Maybe."), reply("", 1, False)], "yield": (0, 2, 1)[n]}
+        systems["tuned"]["yield"] = (2, 1, 2)[n]
+        pages.append({"text": context, "turns": utils.label_turns(context), "systems": systems})
+    return pages
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def test_the_table_has_metrics_as_rows_and_the_longer_half_of_each_interval(summary, capsys):
+    report.print_table(summary)
+    said = capsys.readouterr().out
+    assert re.search(r"^yield@2 ↑ +0.50 ±0.30 +1.50 ±0.30 +0.10 ±0.30 +0.40 ±0.30$", said, re.M)
+    assert re.search(r"^yield@2 +\+1.00 ±0.60\*$", said, re.M) and re.search(r"^coherent +\+0.40 ±0.50$", said, re.M), "stars"
+    assert "a proxy with AUC 0.9" in said and "base: 3 rows, 6 responses, 1 empty" in said
+    assert "+1.00 [+0.40, +1.50] against base" in " ".join(said.split()) and "2 prompts; 1 left out" in said
+    assert max(map(len, said.splitlines())) <= 100
+
+
+def test_a_metric_that_a_control_leads_is_marked_and_others_are_not(summary, capsys):
+    report.print_table(summary)
+    said = capsys.readouterr().out
+    assert "distinct_2 ↑ †" in said and "yield@2 ↑ †" not in said and "rewards noise" in said
+    summary["systems"]["tuned"]["distinct_k"] = [2.0, 1.9, 2.1]
+    report.print_table(summary)
+    assert "†" not in capsys.readouterr().out
+
+
+def test_nine_systems_stand_in_blocks_that_keep_every_figure_whole(summary, capsys):
+    for i in range(5):
+        summary["systems"][f"a_rather_long_name_{i}"] = system(1, 0.5, 1.5)
+    report.print_table(summary)
+    said = capsys.readouterr().out
+    assert len(re.findall("(?<!\\+)1.00 ±0.30", "".join(re.findall("^yield.*", said, re.M)))) == 5
+    assert said.count("yield@2 ↑") == 2 and max(map(len, said.splitlines())) <= 100
+
+
+def test_an_undefined_figure_is_a_dash_with_its_reason_never_a_zero(summary, prompts):
+    for one in summary["systems"].values():
+        one["coherent"] = one["yield@2"] = None
+    summary["systems"]["base"]["coherent"] = [0.4, 0.3, 0.7]
+    summary["systems"]["tuned"]["reasons"]["coherent"] = "no row is fully scored"
+    page = report.render(summary, prompts)
+    assert '<td class=none title="no row is fully scored">—</td>' in page and "nan" not in page.casefold()
+    assert report.short(None, 2) == "—" and report.headline(summary) == []
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def test_texts_are_shown_and_never_become_markup(summary, prompts):
+    summary["systems"] = {name.replace("tuned", "<u>tuned</u>"): s for name, s in summary["systems"].items()}
+    summary["differences"], summary["matched"] = {}, {}
+    for page in prompts:
+        page["systems"]["<u>tuned</u>"] = page["systems"].pop("tuned")
+    page = report.render(summary, prompts)
+    assert page.count("<script>") == 1 and "<img" not in page and "<b>it" not in page and "<u>" not in page
+    assert "&lt;script&gt;document.title" in page and "Who ate &lt;b&gt;it" in page
+
+
+def test_the_page_asks_no_server_for_anything(summary, prompts):
+    page = report.render(summary, prompts)
+    assert not re.search(r"(src|href)=\"?[^\"#]|url\(|@import|https?://", page.replace(report.escape(EVIL), ""))
+    assert "default-src 'none'" in page
+
+
+def test_every_reply_has_its_class_and_verdict_and_every_pair_its_cosine(summary, prompts):
+    page = report.render(summary, prompts)
+    assert page.count('<li class="reply') == 24 and page.count('<li class="reply none"') == 9 and page.count("✗ 0.91") == 3
+    assert page.count("<title>1 and 2: 0.25</title>") == 12 and "mean cosine 0.25" in page and "<em>empty</em>" in page
+    assert [report.letter(i) for i in (0, 25, 26)] == ["A", "Z", "A2"]
+
+
+@given(st.lists(st.tuples(st.floats(200, 600), st.floats(150, 300)), min_size=2, max_size=4))
+def test_labels_of_points_do_not_cover_each_other(points):
+    taken = []
+    for x, y in points:
+        report.place_label(x, y, 90, taken, 860)
+    assert all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for i, a in enumerate(taken) for b in taken[:i])
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    driver = pytest.importorskip("selenium.webdriver", reason="pip install selenium (requirements-dev.txt)")
+    paths = shutil.which("chromium"), shutil.which("chromedriver")
+    if None in paths:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = driver.ChromeOptions()
+    options.binary_location = paths[0]
+    with tempfile.TemporaryDirectory() as profile:
+        for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                     "disable-component-update", "disable-sync", "force-prefers-reduced-motion", f"user-data-dir={profile}", "window-size=1200,900"):
+            options.add_argument(f"--{flag}")
+        window = driver.Chrome(options, Service(paths[1]))
+        yield window
+        window.quit()
+
+
+@pytest.fixture
+def page(browser, summary, prompts, tmp_path):
+    (tmp_path / "x.html").write_text(report.render(summary, prompts), encoding="utf-8")
+    browser.get(f"file://{tmp_path / 'x.html'}")
+    return browser
+
+
+def numbers(page) -> list[str]:
+    return page.execute_script("return [...document.querySelectorAll('.prompt')].filter(p => !p.hidden).map(p => p.dataset.n)")
+
+
+def test_a_browser_shows_the_page_without_errors_or_requests(page):
+    assert page.title == "tuned against base", "the scripts in the replies have not run"
+    assert page.get_log("browser") == []
+    assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_prompts_are_found_and_sorted(page):
+    find = page.find_element("id", "find")
+    assert numbers(page) == ["1", "2", "3"]
+    find.send_keys("RAINING")
+    assert numbers(page) == ["1"] and page.find_element("id", "count").text == "1 of 3 prompts"
+    find.send_keys("\ue00c")  # Escape
+    for key, want in (("y0", "231"), ("y1", "132"), ("d1", "132")):  # yields 0, 2, 1 and 2, 1, 2; differences 2, -1, 1
+        page.execute_script("const s = document.getElementById('sort'); s.value = arguments[0]; s.onchange()", key)
+        assert "".join(numbers(page)) == want, key
+    page.find_element("id", "up").click()
+    assert "".join(numbers(page)) == "231"
+
+
+def test_the_keyboard_alone_opens_a_prompt(page):
+    from selenium.webdriver import ActionChains
+
+    keys = ActionChains(page)
+    keys.send_keys("j").send_keys("j").send_keys("\ue007").perform()  # Enter
+    assert page.execute_script("return [...document.querySelectorAll('.prompt')].map(p => p.open)") == [False, True, False]
+    assert "document.title" in page.find_element("css selector", ".prompt[open] .reply p").text
+    keys.send_keys("/").send_keys("jk").perform()
+    assert page.execute_script("return document.activeElement.value") == "jk"
+
+
+def test_systems_and_plots_are_switched_and_controls_are_hidden_at_first(page):
+    page.find_element("id", "open").click()
+    shown = lambda i: page.find_element("css selector", f".system.of{i}").is_displayed()  # noqa: E731
+    assert [shown(i) for i in range(4)] == [True, True, False, False]
+    page.execute_script("document.getElementById('show0').click(); document.getElementById('show2').click()")
+    assert [shown(i) for i in range(4)] == [False, True, True, False]
+
+
+def test_dark_is_dark_and_light_is_light(page):
+    def brightness() -> int:
+        colour = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+    found = []
+    for scheme in ("light", "dark"):
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        found.append(brightness())
+    assert found[0] > 700 and found[1] < 120
