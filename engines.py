@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import utils
@@ -103,26 +102,28 @@ class Server:
             temperature: float) -> list[list[Reply]]:
         import api
 
-        pool = ThreadPoolExecutor(self.max_connections)
+        found: list[list[Reply]] = [[] for _ in messages]
+
+        def ask_all(jobs: list[tuple[int, int]], wanted: int) -> None:  # (message, how many replies are before)
+            def one(job):
+                i, before = job
+                return i, self.call(messages[i], seeds[i] + before, wanted, max_new_tokens, temperature)
+
+            for i, replies in api.work(one, jobs, self.max_connections):
+                found[i] += replies[:wanted]
+
         try:
             if self.takes_n and number > 1:
-                first = list(pool.map(lambda m, s: self.call(m, s, number, max_new_tokens, temperature), messages, seeds))
-            else:
-                first = [[] for _ in messages]
-            missing = [(i, k) for i, replies in enumerate(first) for k in range(len(replies), number)]
+                ask_all([(i, 0) for i in range(len(messages))], number)
+            missing = [(i, k) for i, replies in enumerate(found) for k in range(len(replies), number)]
             if missing and number > 1 and self.takes_n:
                 self.takes_n = False
                 utils.note(f"note: {self.url} gives one reply a call (no n); each reply is a call of its own")
-            more = pool.map(lambda job: self.call(messages[job[0]], seeds[job[0]] + job[1], 1, max_new_tokens, temperature),
-                            missing)
-            for (i, _), replies in zip(missing, more, strict=True):
-                first[i] += replies[:1]
+            ask_all(missing, 1)
         except api.Stopped as error:
             code, what = error.args
             utils.die(code, f"{self.url}: {what}", "finished rows are kept; the same command with --resume goes on")
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return first
+        return found
 
     def call(self, message: str, seed: int, number: int, max_new_tokens: int, temperature: float) -> list[Reply]:
         """One call; [] where the server refuses this very message, and Stopped(75) where it answers badly again and again."""

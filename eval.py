@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     save_file = check_flags(args)
     import equivalence
-
     import figures
 
     asked = connect(args, save_file) if args.judge == "api" else None  # a missing key shows before any row is read

@@ -11,9 +11,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-import equivalence
 import numpy as np
 
+import equivalence
 import metrics
 import utils
 

@@ -25,6 +25,8 @@ Differences from the paper's code:
   byte-level BPE and SentencePiece penalise the same words; stop words are scikit-learn's list.
 - A reply equal to the right one is never a negative, and equal replies still get numbers of their own.
 - Nothing penalised gives an unlikelihood of 0, not nan; rows with fewer replies than asked are used.
+- `--ul_words distinct` leaves alone the words that the right reply and the context share with a wrong reply:
+  unlearning the topic that all replies have costs coherence (README).
 - A number without unlikelihood (`--no_ul --number`) and unlikelihood's reverse can be measured.
 """
 
@@ -51,6 +53,9 @@ def add_args(group) -> None:
                        help="wrong (number, reply) pairs per context at most (default: %(default)s)")
     group.add_argument("--ul_weight", type=float, default=0.5,
                        help="weight of the unlikelihood loss (default: %(default)s)")
+    group.add_argument("--ul_words", choices=["content", "distinct"], default="content",
+                       help="content: unlearn the content words of the other replies, as published (default); "
+                            "distinct: only those that neither the context nor the right reply has")
     group.add_argument("--no_ul", action="store_true",
                        help="no unlikelihood, and no number unless --number is given (as published)")
     group.add_argument("--number", action=BooleanOptionalAction,
@@ -127,6 +132,8 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random):
     if not args.no_ul:
         for index, other in draw_negatives(replies, args.max_num_negatives_per_sample, rng):
             ids, onsets = encoded[other]
+            if args.ul_words == "distinct":
+                ids, onsets = content_words(replies[other], tokenizer, words_of(row.get("prompt") or row["context"], replies[index]))
             ends[index].children.append(Segment(ids, UNLIKELIHOOD, onsets, branch=other))
     return Tree(root, dropped)
 
@@ -142,8 +149,13 @@ def draw_negatives(replies: list[str], limit: int, rng: random.Random) -> list[t
     return pairs[:limit]
 
 
-def content_words(reply: str, tokenizer) -> tuple[list[int], list[float]]:
-    """Token ids of a reply, and 1.0 at the first token of every content word, 0.0 elsewhere.
+def words_of(*texts: str) -> set[str]:
+    """The words of some texts, without case."""
+    return {word.casefold() for text in texts for word in WORD.findall(text)}
+
+
+def content_words(reply: str, tokenizer, skip: set[str] = frozenset()) -> tuple[list[int], list[float]]:
+    """Token ids of a reply, and 1.0 at the first token of every content word that is not in `skip`, 0.0 elsewhere.
 
     Words are found in the text and mapped to tokens by character offsets, so the same words are
     marked whatever the tokenizer does with spaces and digits. The end token is never marked.
@@ -156,6 +168,8 @@ def content_words(reply: str, tokenizer) -> tuple[list[int], list[float]]:
     blank = [not piece.strip("▁Ġ") for piece in pieces]  # SentencePiece's space before digits is no onset
     marks = [0.0] * len(ends)
     for word in WORD.finditer(reply):
+        if word[0].casefold() in skip:
+            continue
         plain = word[0].casefold().replace("’", "'")  # don't, I'm, it's: function words as well
         if plain.endswith("n't") or plain.split("'")[0] in ENGLISH_STOP_WORDS:
             continue

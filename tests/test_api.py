@@ -46,8 +46,8 @@ def test_an_address_is_normalised_or_refused(given, used, capsys):
 
 
 def test_a_call_sends_what_it_is_given_and_returns_what_is_served(serve, ask):
-    server = serve(ok(usage={"total_tokens": 31}))
-    assert ask(server) == (listed(*FOUR), "served-1", "stop", 31)
+    server = serve(ok(usage={"total_tokens": 31, "completion_tokens": 12}))
+    assert ask(server) == (listed(*FOUR), "served-1", "stop", 31, 12)
     body = {"model": "m", "messages": HELLO, "max_tokens": 9, "temperature": 0.5}
     assert server.seen == [("/v1/chat/completions", f"Bearer {KEY}", body)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -146,6 +147,25 @@ def test_a_repeat_of_the_right_reply_is_never_a_negative_and_gets_a_number_of_it
     assert sorted(possibility.draw_negatives(row["candidates"], 99, random.Random(0))) == pairs
     capped = possibility.build_tree(row, tokenizer, possibility_args(max_num_negatives_per_sample=5), random.Random(1))
     assert [len(segments(t, UNLIKELIHOOD)) for t in (tree, capped)] == [6, 5]
+
+
+def test_distinct_words_spare_what_the_context_and_the_right_reply_say(tokenizer):
+    """Context "My cat", replies "Black cats purr" and "Black dogs bark, cat". Published, each number unlearns all words of the
+    other reply; distinct, "Black" is spared, since the right reply has it, and "cat", since the context does."""
+    row = {"context": "x\nMy cat", "candidates": ["Black cats purr", "Black dogs bark, cat"]}
+
+    def unlearnt(ul_words):
+        tree = possibility.build_tree(row, tokenizer, possibility_args(ul_words=ul_words), random.Random(0))
+        marked = {}
+        for path in segments(tree, UNLIKELIHOOD):
+            reply = row["candidates"][path[2].branch]
+            offsets = tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
+            starts = [start + (reply[start] == " ") for (start, _), w in zip(offsets, path[2].weights, strict=True) if w]
+            marked[path[2].branch] = [re.match(r"\w+", reply[s:])[0] for s in starts]
+        return marked
+
+    assert unlearnt("content") == {0: ["Black", "cats", "purr"], 1: ["Black", "dogs", "bark", "cat"]}
+    assert unlearnt("distinct") == {0: ["cats", "purr"], 1: ["dogs", "bark"]}
 
 
 def test_numbers_depend_on_seed_epoch_and_row_alone_and_are_fresh_every_epoch(tokenizer):
