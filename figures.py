@@ -11,9 +11,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-import equivalence
 import numpy as np
 
+import equivalence
 import metrics
 import utils
 
@@ -32,7 +32,7 @@ def add_controls(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 class Embedder:
-    """The sentence embedder with a memory: the judge, the classes and the metrics ask for the same texts."""
+    """The sentence embedder with a memory: the judge, the classes and the metrics ask for the same texts, best all at once first."""
 
     def __init__(self, model):
         self.model, self.vectors, self.tokenizer = model, {}, model.tokenizer
