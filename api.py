@@ -29,6 +29,7 @@ PROVIDERS = {  # where each one is, and what its key is called
 }
 UNUSABLE = {"length": "truncated", "content_filter": "filtered"}  # finish reasons of answers that are not whole
 KEYS_READ: set[str] = set()  # for redact
+MIN_KEY = 8  # characters; "none" and "EMPTY", which local servers are given, are no secrets and common words
 REFUSALS = {401: "key refused", 402: "payment required", 403: "access denied", 404: "no such model or address"}
 
 
@@ -178,8 +179,9 @@ def retry_after(headers) -> float:
 def redact(text: str) -> str:
     """Text without keys and passwords; servers echo what they were sent."""
     keys = KEYS_READ | {os.environ.get(name, "").strip() for _, name in PROVIDERS.values()}
-    for key in keys - {""}:
-        text = text.replace(key, "[key]")
+    for key in keys:
+        if len(key) >= MIN_KEY:
+            text = text.replace(key, "[key]")
     pattern = r"\bsk-[\w-]{6,}|\btgp_v1_[\w-]+|\b[0-9a-f]{40,}\b|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)"
     return re.sub(pattern, "[key]", text)
 

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     systems = read_systems(args.eval_file, args.limit)
     given = systems if args.no_controls else figures.add_controls(systems)
     embedder, classifier = figures.Embedder(utils.load_embedder()), equivalence.load_classifier()
+    embedder.encode([text for rows in given.values() for row in rows for text in (row.get("prompt") or row["context"], *row["preds"])])
     if asked:
         verdicts, judge = judge_by_api(asked, given if args.judge_controls else systems, args)
     elif args.judge == "local":

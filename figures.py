@@ -32,7 +32,7 @@ def add_controls(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 class Embedder:
-    """The sentence embedder with a memory: the judge, the classes and the metrics ask for the same texts."""
+    """The sentence embedder with a memory: the judge, the classes and the metrics ask for the same texts, best all at once first."""
 
     def __init__(self, model):
         self.model, self.vectors, self.tokenizer = model, {}, model.tokenizer

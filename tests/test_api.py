@@ -102,12 +102,12 @@ def test_keys_are_cut_out_of_messages(monkeypatch):
 
 
 def test_keys_of_every_provider_and_of_key_files_are_cut_out(monkeypatch, tmp_path):
-    monkeypatch.setenv("TOGETHER_API_KEY", "shush")
+    monkeypatch.setenv("TOGETHER_API_KEY", "shush-shush")
     path = tmp_path / "keys"
     path.write_text("OPENAI_API_KEY=quiet-now\n")
     path.chmod(0o600)
-    assert api.read_key("OPENAI_API_KEY", path) == "quiet-now" and api.read_key("TOGETHER_API_KEY", path) == "shush"
-    said = f"shush quiet-now tgp_v1_abc {'0123456789' * 5} https://h/{'a' * 39}"
+    assert api.read_key("OPENAI_API_KEY", path) == "quiet-now" and api.read_key("TOGETHER_API_KEY", path) == "shush-shush"
+    said = f"shush-shush quiet-now tgp_v1_abc {'0123456789' * 5} https://h/{'a' * 39}"
     assert api.redact(said) == f"[key] [key] [key] [key] https://h/{'a' * 39}"
 
 

@@ -19,6 +19,7 @@ import torch
 from conftest import DIALOGUES, ROOT, write_jsonl
 from servers import ok, rated, wait_for
 
+import figures
 import judges
 import utils
 
@@ -110,11 +111,17 @@ def outs(tmp_path):
     return tmp_path / "outs"
 
 
+@pytest.fixture(scope="module")
+def remembering(embedder):
+    """The embedder, asked for each text once in this file."""
+    return figures.Embedder(embedder)
+
+
 @pytest.fixture
-def ready(monkeypatch, embedder, proxy, tiny_dir):
+def ready(monkeypatch, remembering, proxy, tiny_dir):
     """eval.main with the embedder and the calibrated local judge that are loaded already."""
     load = utils.load_checkpoint
-    monkeypatch.setattr(utils, "load_embedder", lambda: embedder)
+    monkeypatch.setattr(utils, "load_embedder", lambda: remembering)
     monkeypatch.setattr(utils, "load_checkpoint", lambda name: load(str(tiny_dir) if name == utils.EMBEDDED else name))
     monkeypatch.setattr(judges, "LocalProxy", lambda *parts: proxy)
     monkeypatch.setattr(proxy, "calibrate", lambda rows, progress: None)
