@@ -117,11 +117,14 @@ def check_flags(args) -> Path:
 
 
 def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
-    """The rows of every file by its stem; all files must hold the same rows with equally many preds."""
+    """The rows of every file by its stem; all files must hold the same rows with equally many preds.
+
+    Responses that a row lacks, since a list could not be read or a server refused, are empty ones: no answer is no good answer.
+    """
 
     def check(row):
         preds = row.get("preds")
-        if not isinstance(preds, list) or not preds or not all(isinstance(p, str) for p in preds):
+        if not isinstance(preds, list) or not all(isinstance(p, str) for p in preds):
             return 'needs "preds", a list of strings; infer.py writes them'
         return utils.check_row(row, candidates=False)
 
@@ -135,9 +138,15 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
         if [utils.row_hash(r) for r in rows] != [utils.row_hash(r) for r in first]:
             utils.die(2, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
                       "compare files made from one --test_file")
-        if {len(r["preds"]) for r in rows} != {len(first[0]["preds"])}:
-            utils.die(2, f"{file}: rows with different numbers of preds", f"every row needs {len(first[0]['preds'])}")
-        systems[name] = rows
+        k = max(len(row["preds"]) for row in rows)
+        missing = sum(k - len(row["preds"]) for row in rows)
+        if not k:
+            utils.die(2, f"{file} holds no responses at all", "look into its warnings, and draw again")
+        if rows is not first and k != len(first[0]["preds"]):
+            utils.die(2, f"{file} has {k} preds a row, {files[0]} has {len(first[0]['preds'])}", "compare files with equally many")
+        if missing:
+            utils.note(f"note: {file}: {missing} of {k * len(rows)} responses are missing; they count as empty")
+        systems[name] = [row | {"preds": row["preds"] + [""] * (k - len(row["preds"]))} for row in rows]
     return systems
 
 

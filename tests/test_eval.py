@@ -407,7 +407,7 @@ def test_files_of_other_rows_are_refused(outs, tmp_path, capsys):
 
 @pytest.mark.parametrize(("text", "said"), [
     ('{"context": "a\\nb", "preds": "c"}', 'bad.jsonl:1: needs "preds", a list of strings'),
-    ('{"context": "a\\nb", "preds": []}', 'bad.jsonl:1: needs "preds", a list of strings'),
+    ('{"context": "a\\nb", "preds": []}', "bad.jsonl holds no responses at all"),
     ('{"preds": ["c"]}', 'bad.jsonl:1: needs either "context" or "prompt"'),
 ])
 def test_a_row_without_responses_is_named(tmp_path, capsys, text, said):
@@ -426,7 +426,12 @@ def test_a_pickle_is_never_read(tmp_path, capsys):
     assert ".pkl files are not read" in said and not (tmp_path / "sprung").exists()
 
 
-def test_rows_that_differ_in_their_number_of_responses_are_refused(tmp_path, capsys):
-    file = write_jsonl(tmp_path / "mixed.jsonl", [{**r, "preds": ["a", "b"][: 1 + i % 2]} for i, r in enumerate(ROWS)])
-    said = refused(capsys, 2, ["--eval_file", file, "--save_file", tmp_path / "x.json"])
-    assert "different numbers of preds" in said
+def test_responses_that_a_row_lacks_are_empty_ones_and_counted(tmp_path, capsys):
+    """Rows of one, two and no responses have up to two: 12 rows lack 4 x 1 + 4 x 2 of 24. Another file needs two a row as well."""
+    file = write_jsonl(tmp_path / "mixed.jsonl", [{**r, "preds": ["a", "b"][: (1, 2, 0)[i % 3]]} for i, r in enumerate(ROWS)])
+    rows = scoring.read_systems([str(file)], None)["mixed"]
+    assert [row["preds"] for row in rows[:3]] == [["a", ""], ["a", "b"], ["", ""]]
+    assert "12 of 24 responses are missing; they count as empty" in capsys.readouterr().err
+    other = write_jsonl(tmp_path / "three.jsonl", [{**r, "preds": ["a", "b", "c"]} for r in ROWS])
+    said = refused(capsys, 2, ["--eval_file", file, other, "--save_file", tmp_path / "x.json"])
+    assert "three.jsonl has 3 preds a row" in said and "mixed.jsonl has 2" in said
