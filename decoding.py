@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
-from trees import Tree, prefill
+from trees import Branches, Tree, prefill
 
 NEVER = -1e9  # the score of beams that must not be taken: at first all beams of a group are one
 
@@ -95,27 +95,28 @@ def greedy(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: i
     return complete(model, trees, pad_id, eos_id, max_new_tokens)
 
 
-def complete(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int, copies: int = 1,
-             num_beams: int = 1, num_return_sequences: int = 1, length_penalty: float = 1.0,
-             **options) -> list[list[list[int]]]:
-    """Run `generate` on the branches of several trees after one shared prefill of their contexts.
+def complete(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int,
+             logits_processor: LogitsProcessorList | None = None) -> list[list[list[int]]]:
+    """Grow all branches by the token with the highest processed logit, until each has ended."""
+    branches = Branches(model, trees, pad_id)
+    rows, n = len(trees), branches.num_branches
+    tokens = torch.empty((rows * n, 0), dtype=torch.long, device=branches.logits.device)
+    ended = torch.zeros(rows * n, dtype=torch.bool, device=tokens.device)
+    while tokens.shape[1] < max_new_tokens and not ended.all():
+        if tokens.shape[1]:
+            branches.feed(tokens[:, -1].view(rows, n))
+        scores = branches.logits.flatten(0, 1)
+        if logits_processor:
+            scores = logits_processor(tokens, scores)
+        tokens = torch.cat([tokens, scores.argmax(-1).masked_fill(ended, pad_id)[:, None]], dim=1)
+        ended |= tokens[:, -1] == eos_id
+    return cut_at_end(tokens, eos_id, rows)
 
-    copies: sequences per branch that the decoder wants ready-made. num_beams > 1 is the library's own beam
-    search, which copies its inputs, though not a cache that it is handed.
-    """
-    with torch.inference_mode():
-        input_ids, attention_mask, cache = prefill(model, trees, pad_id, copies * num_beams)
-        out = model.generate(
-            input_ids=input_ids[::num_beams], attention_mask=attention_mask[::num_beams], past_key_values=cache,
-            generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id,
-                num_beams=num_beams, num_return_sequences=num_return_sequences, length_penalty=length_penalty,
-            ),
-            **options,
-        )
-    new = out[:, input_ids.shape[1] :].tolist()
-    replies = [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in new]
-    per_row = len(replies) // len(trees)
+
+def cut_at_end(tokens: Tensor, eos_id: int, num_rows: int) -> list[list[list[int]]]:
+    """New tokens (rows x N, T) as lists [row][response], each without its end token and what follows it."""
+    replies = [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in tokens.tolist()]
+    per_row = len(replies) // num_rows
     return [replies[i : i + per_row] for i in range(0, len(replies), per_row)]
 
 
@@ -125,8 +126,8 @@ def complete(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens:
 def beam(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int, num_beams: int, num_responses: int,
          length_penalty: float = 1.0) -> list[list[list[int]]]:
     """The best num_responses of num_beams beams under the only branch of every tree, best first."""
-    return complete(model, trees, pad_id, eos_id, max_new_tokens, num_beams=num_beams,
-                    num_return_sequences=num_responses, length_penalty=length_penalty)
+    return search(model, trees, pad_id, eos_id, max_new_tokens, num_beams, length_penalty, num_beams=num_beams,
+                  num_return_sequences=num_responses)
 
 
 def diverse(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int, num_beams: int, num_groups: int,
@@ -135,11 +136,27 @@ def diverse(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: 
 
     A tree has one branch, for all groups, or num_groups branches, one for each. num_beams is a multiple of both.
     """
-    search = partial(diverse_beam_search, num_beam_groups=num_groups, diversity_penalty=diversity_penalty,
-                     ready_beams=num_beams)
-    out = complete(model, trees, pad_id, eos_id, max_new_tokens, copies=num_beams // len(trees[0].root.children),
-                   length_penalty=length_penalty, custom_generate=search)
+    how = partial(diverse_beam_search, num_beam_groups=num_groups, diversity_penalty=diversity_penalty, ready_beams=num_beams)
+    copies = num_beams // len(trees[0].root.children)
+    out = search(model, trees, pad_id, eos_id, max_new_tokens, copies, length_penalty, custom_generate=how)
     return [replies[:num_responses] for replies in out]
+
+
+@torch.inference_mode()
+def search(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int, copies: int, length_penalty: float,
+           num_beams: int = 1, num_return_sequences: int = 1, **options) -> list[list[list[int]]]:
+    """Run `generate` after one shared prefill, with `copies` beams for every branch.
+
+    The library's own beam search (num_beams > 1) copies the inputs that it is given, though not a cache.
+    """
+    input_ids, attention_mask, cache = prefill(model, trees, pad_id, copies)
+    out = model.generate(
+        input_ids=input_ids[::num_beams], attention_mask=attention_mask[::num_beams], past_key_values=cache,
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id, num_beams=num_beams,
+            num_return_sequences=num_return_sequences, length_penalty=length_penalty),
+        **options)
+    return cut_at_end(out[:, input_ids.shape[1] :], eos_id, len(trees))
 
 
 def diverse_beam_search(model, input_ids: Tensor, logits_processor=None, stopping_criteria=None, generation_config=None,

@@ -202,8 +202,8 @@ def test_top_n_sigma_keeps_logits_within_n_deviations_of_the_best():
     assert torch.isfinite(decoding.TopNSigma(0.4)(None, scores)).tolist() == [[True, False, False, False]]
 
 
-def test_the_context_is_held_once_until_decoding_starts(tiny_model, tokenizer, monkeypatch):
-    """While the prompts are computed the cache has a sequence per row, not one per response."""
+def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(tiny_model, tokenizer, monkeypatch):
+    """Beams: a sequence a row in the cache, then four. Branches: a sequence a row to the end, and not even N times its length."""
     from transformers import DynamicCache
 
     seen = []
@@ -215,5 +215,45 @@ def test_the_context_is_held_once_until_decoding_starts(tiny_model, tokenizer, m
 
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spy)
     decoding.diverse(tiny_model, forest_of(tokenizer), PAD, 1, 3, 4, 4, 4)
-    decoding.sample(tiny_model, forest_of(tokenizer, 5), [1, 2, 3], PAD, 1, 3)
-    assert seen == [(3, 4), (3, 5)]
+    assert seen == [(3, 4)]
+    forest = forest_of(tokenizer, 5)
+    branches = trees.Branches(tiny_model, forest, PAD)
+    for _ in range(3):
+        branches.feed(torch.full((3, 5), 7))
+    longest = max(len(tree.root.input_ids) for tree in forest)
+    ends = len(forest[0].root.children[0].input_ids)
+    assert branches.cache.layers[0].keys.shape[0] == 3
+    assert branches.cache.layers[0].keys.shape[2] == longest + 5 * (ends + 3)
+
+
+def test_branches_that_grow_together_have_the_logits_of_sequences_alone(tiny_model, tokenizer):
+    """Rows and branch ends of different lengths (#9, #10), four tokens each: every step's logits, within float32 rounding."""
+    forest, prompts = [], []
+    for row in DIALOGUES[:3]:
+        own = [utils.encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in (9, 10)]
+        forest.append(Tree(branch_prompts(own, [9, 10])))
+        prompts.append(own)
+    tokens = torch.randint(3, 400, (3, 2, 4), generator=torch.Generator().manual_seed(0))
+    branches = trees.Branches(tiny_model, forest, PAD)
+    for step in range(5):
+        for row in range(3):
+            for b in range(2):
+                ids = torch.tensor([prompts[row][b] + tokens[row, b, :step].tolist()])
+                with torch.no_grad():
+                    want = tiny_model(ids).logits[0, -1]
+                torch.testing.assert_close(branches.logits[row, b], want, rtol=1e-4, atol=1e-4)
+        if step < 4:
+            branches.feed(tokens[:, :, step])
+
+
+def test_greedy_branches_write_what_generate_writes_from_copied_prompts(tiny_model, tokenizer):
+    """Fifteen branches of three rows, some of which end early; also with a padding token that is the end token."""
+    forest = forest_of(tokenizer, 5)
+    for end in (1, 7, PAD):
+        found = decoding.greedy(tiny_model, forest, PAD, end, 12)
+        for tree, row in zip(forest, found, strict=True):
+            for b, reply in enumerate(row):
+                ids = copied(tree, b)
+                out = tiny_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                                          eos_token_id=end, pad_token_id=PAD)
+                assert strip(out, ids.shape[1], end) == [reply]
