@@ -1,6 +1,6 @@
-"""One module per published system, each with the same six functions in the same order:
+"""One module per published system, each with the same seven functions in the same order:
 
-add_args, load_rows, prepare_model, build_tree, compute_loss, decode_tree.
+add_args, load_rows, prepare_model, build_tree, compute_loss, decode_tree, decode_messages.
 """
 
 from importlib import import_module
