@@ -39,6 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     if save_file.suffix not in (".json", ".pkl"):
         utils.die(2, f"--save_file {save_file} must end in .json or .pkl", f"{save_file.with_suffix('.json')}")
     systems = read_systems(args.eval_file, args.limit)
+    if all("targets" in row for rows in systems.values() for row in rows):
+        import distributions
+
+        distributions.evaluate_diffuse(systems, args.eval_file, save_file)
+        return
 
     judge, embedder = load_judge(args, next(iter(systems.values())))
     judged = {name: judge_rows(name, rows, judge, embedder) for name, rows in systems.items()}
@@ -173,7 +178,13 @@ def write_logs(save_file: Path, summary: dict, judged: dict[str, list[dict]]) ->
 def show(file: str) -> None:
     """Print the table of a summary that was written before."""
     try:
-        print_table(json.loads(Path(file).read_text(encoding="utf-8")))
+        summary = json.loads(Path(file).read_text(encoding="utf-8"))
+        if summary.get("kind") == "diffuse":
+            from distributions import print_figures
+
+            print_figures(summary)
+        else:
+            print_table(summary)
     except (OSError, ValueError, KeyError) as error:
         utils.die(2, f"--show {file}: not a summary of eval.py ({error})", "give an eval_logs/X.json")
 

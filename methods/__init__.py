@@ -10,7 +10,9 @@ METHODS = {
     "otm": "possibility",
     "oto": "possibility",
     "base": "possibility",
+    "diffuse": "diffuse",
 }
+OWN_INFERENCE = ("diffuse",)  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
 
 
 def load_method(name: str):
