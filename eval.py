@@ -14,6 +14,7 @@ so that a metric that rewards noise is seen to do so.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import pickle
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import report
 import utils
 from flags import FlagParser, parse_flags
+from methods import own_evaluation
 
 JUDGED_CONTROLS = 10  # rows; their diversity is measured in all
 
@@ -69,6 +71,10 @@ def main(argv: list[str] | None = None) -> None:
 
     asked = connect(args, save_file) if args.judge == "api" else None  # a missing key shows before any row is read
     systems = read_systems(args.eval_file, args.limit)
+    kind = own_evaluation(systems)
+    if kind:
+        importlib.import_module(kind).evaluate(systems, args.eval_file, save_file)
+        return
     given = systems if args.no_controls else figures.add_controls(systems)
     embedder, classifier = figures.Embedder(utils.load_embedder()), equivalence.load_classifier()
     embedder.encode([text for rows in given.values() for row in rows for text in (row.get("prompt") or row["context"], *row["preds"])])
@@ -307,7 +313,8 @@ def show(file: str, as_json: bool) -> None:
     """Print the table of a summary that was written before."""
     try:
         summary = json.loads(Path(file).read_text(encoding="utf-8"))
-        print(json.dumps(summary)) if as_json else report.print_table(summary)
+        printer = importlib.import_module(summary["kind"]).print_figures if "kind" in summary else report.print_table
+        print(json.dumps(summary)) if as_json else printer(summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
         utils.die(2, f"--show {file}: not a summary of eval.py ({type(error).__name__}: {error})", "give an eval_logs/X.json")
 

@@ -33,6 +33,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.ignored: set[str] = set()  # config keys of another script that reads the same file
 
     def error(self, message: str) -> None:
         die(2, message, f"python {self.prog} --help lists all flags")
@@ -57,6 +58,23 @@ class FlagParser(argparse.ArgumentParser):
         return args
 
 
+SECTIONS = ("alg_config",)  # mappings that published configs nest; their keys count as if they stood outside
+
+
+def add_alias(group, dest: str, option: str, **changes) -> None:
+    """Give a flag that is there a second name, also as a config key, and maybe another nargs or help."""
+    action = next(a for a in group._actions if a.dest == dest)
+    action.option_strings.append(option)
+    group._option_string_actions[option] = action
+    vars(action).update(changes)
+
+
+def config_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The actions of a parser by every name that a config may use for them."""
+    return {name: action for action in parser._actions if action.dest not in ("help", "config", "print_config")
+            for name in [action.dest, *(o[2:] for o in action.option_strings if action.nargs != 0)]}
+
+
 def read_config(path: str) -> dict[str, tuple[object, int]]:
     """Read a YAML mapping as {key: (value, line)}. Only plain values; tags and duplicates are refused."""
     import yaml
@@ -78,7 +96,12 @@ def read_config(path: str) -> dict[str, tuple[object, int]]:
     if not isinstance(values, dict):
         die(2, f"{path}: must be a mapping of flag names to values, got {type(values).__name__}",
             "one key: value a line, keys as in --help")
-    return {key: (value, lines[key]) for key, value in values.items()}
+    config = {key: (value, lines[key]) for key, value in values.items()}
+    for key, inner in node.value:
+        if key.value in SECTIONS and isinstance(inner, yaml.MappingNode):
+            own, section = key_lines(inner, path), config.pop(key.value)[0]
+            config |= {f"{key.value}.{name}": (value, own[name]) for name, value in section.items()}
+    return config
 
 
 def key_lines(node, path: str) -> dict[str, int]:
@@ -96,10 +119,12 @@ def key_lines(node, path: str) -> dict[str, int]:
 
 def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path: str) -> None:
     """Make a config's values the parser's defaults, checked and coerced as if they were flags."""
-    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config", "print_config")}
+    actions = config_names(parser)
     for key, (value, line) in config.items():
-        name = key.replace("-", "_")
+        section, _, name = key.replace("-", "_").rpartition(".")
         where = f"{path}:{line}: {key}"
+        if section in parser.ignored or (name in parser.ignored and name not in actions):
+            continue
         if name not in actions:
             parser.unknown(name, f'{path}:{line}: key "{key}"')
         action = actions[name]
@@ -108,7 +133,7 @@ def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path
         elif action.default is not None or action.required:
             die(2, f"{where} has no value", "give one, or delete the line")
         action.required = False
-        parser.set_defaults(**{name: value})
+        parser.set_defaults(**{action.dest: value})
 
 
 def coerce(action: argparse.Action, value: object, where: str) -> object:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import utils
 from flags import FlagParser, parse_flags
-from methods import METHODS, load_method
+from methods import METHODS, OWN_INFERENCE, load_method
 
 FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0}  # off
 BY_TREE = ("sampling", "greedy", "beam", "diverse")
@@ -33,7 +33,7 @@ OWN_FLAGS = {  # flag: its default, and the decodings that know it
 }
 SETTINGS = ("model_name_or_path", "method", "engine", "base_url", "served_model", "decoding", "num_response_per_input",
             "temperature", *OWN_FLAGS, "overgenerate", "select", "floor", "max_new_tokens", "max_input_length",
-            "max_length", "batch_size", "seed", "limit", "chat_template")
+            "max_length", "batch_size", "seed", "limit", "chat_template", "mode", "n_batch_size")
 
 
 def build_parser(method: str | None) -> FlagParser:
@@ -85,6 +85,9 @@ def build_parser(method: str | None) -> FlagParser:
     group.add_argument("--resume", action="store_true", help="go on with a --save_file that was interrupted")
     group.add_argument("--force_base", action="store_true", help="use an adapter on another base than its own")
     group.add_argument("--strict_split", action="store_true", help="refuse test rows that were trained on")
+    parser.set_defaults(mode=None, n_batch_size=None)
+    if method in OWN_INFERENCE:
+        load_method(method).add_infer_args(parser)
     return parser
 
 
@@ -170,7 +173,10 @@ def check_engine(args) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(build_parser, argv)
     check_flags(args)
-    rows = utils.read_jsonl(args.test_file, lambda row: utils.check_row(row, candidates=False))[: args.limit]
+    if args.method in OWN_INFERENCE:
+        rows = load_method(args.method).inference_rows(args)
+    else:
+        rows = utils.read_jsonl(args.test_file, lambda row: utils.check_row(row, candidates=False))[: args.limit]
     save_file, summary_file = Path(args.save_file), Path(args.save_file).with_suffix(".json")
     if save_file.suffix != ".jsonl":
         utils.die(2, f"--save_file {save_file} must end in .jsonl", f"{save_file.with_suffix('.jsonl')}")
@@ -207,6 +213,8 @@ def load_engine(args):
         settle_settings(args, run, None)
         return Server(args.base_url, args.served_model, args.max_connections, args.timeout, args.timeout_total, filters), run
     model, tokenizer, run = utils.load_checkpoint(args.model_name_or_path, args.force_base, args.chat_template)
+    if args.mode == "untuned":
+        run["method"] = args.method
     settle_settings(args, run, model.config.get_text_config().max_position_embeddings)
     return Local(model, tokenizer, filters, args.batch_size), run
 
@@ -281,8 +289,10 @@ def answer_by_tree(engine, trees: list, block: list[int], args) -> list[dict]:
     """All responses of a row at once, under one shared prefill."""
     if args.decoding == "sampling":
         filters = {name: getattr(args, name) for name in FILTERS}
-        drawn = engine.draw("sample", trees, [utils.row_seed(args.seed, i) for i in block], args.max_new_tokens,
-                            temperature=args.temperature, **filters)
+        turns = [engine.draw("sample", trees, [utils.row_seed(args.seed, i, turn) for i in block], args.max_new_tokens,
+                             temperature=args.temperature, **filters)
+                 for turn in range(math.ceil(args.num_drawn / args.num_branches))]
+        drawn = [sum(own, [])[: args.num_drawn] for own in zip(*turns, strict=True)]
     elif args.decoding == "greedy":
         drawn = engine.draw("greedy", trees, None, args.max_new_tokens)
     else:
@@ -311,7 +321,8 @@ def answer_by_messages(engine, method, rows: list[dict], block: list[int], args)
 def clean_row(replies: list, args) -> dict:
     from decoding import clean_reply
 
-    return {"texts": [clean_reply(reply.text) for reply in replies], "tokens": sum(r.tokens for r in replies),
+    clean = str.strip if args.method in OWN_INFERENCE else clean_reply
+    return {"texts": [clean(reply.text) for reply in replies], "tokens": sum(r.tokens for r in replies),
             "cut": sum(r.cut for r in replies), "failed": args.num_drawn - len(replies)}
 
 

@@ -360,3 +360,83 @@ def shuffled_replies(groups: Sequence[Sequence[str]], seed: int = 0) -> list[lis
 def repeated_first(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     """The first response of each prompt, again and again: coherent and all the same."""
     return [[group[0]] * len(group) for group in groups]
+
+
+# ---- distributions over targets -----------------------------------------------------------------
+# Exact figures come from the targets' log-probabilities, the others from counts of sampled answers. In nats.
+
+
+def exact_fit(weights: Sequence[float], logps: Sequence[float]) -> dict[str, float]:
+    """How a model's sequence probabilities p of the targets fit the wanted distribution w.
+
+    kl = sum w ln(w / p), infinite where a wanted target has probability 0; outside = 1 - sum p over the wanted targets
+    (w > 0), the mass of every other text; tv = (sum |w - p| + outside) / 2; entropy of w, the floor of the loss.
+    """
+    weights, logps = (np.asarray(x, dtype=float) for x in (weights, logps))
+    wanted = weights > 0
+    w, logp = weights[wanted], logps[wanted]
+    outside = max(0.0, float(1 - np.exp(logp).sum()))  # rounding may bring the sum above 1
+    return {"kl": float((w * (np.log(w) - logp)).sum()), "outside": outside,
+            "tv": float((np.abs(w - np.exp(logp)).sum() + outside) / 2), "floor": float(-(w * np.log(w)).sum())}
+
+
+def entropy(counts: Sequence[float]) -> float | None:
+    """Entropy of the empirical distribution of counts (the plug-in estimate, biased low); None without counts."""
+    counts = np.asarray(counts, dtype=float)
+    counts = counts[counts > 0]
+    if not len(counts):
+        return None
+    shares = counts / counts.sum()
+    return max(0.0, float(-(shares * np.log(shares)).sum()))
+
+
+def miller_madow(counts: Sequence[float]) -> float | None:
+    """Plug-in entropy + (m - 1) / 2N for m values seen among N (Miller 1955): takes off the bias of first order."""
+    plain = entropy(counts)
+    if plain is None:
+        return None
+    counts = np.asarray(counts)
+    return float(plain + (np.count_nonzero(counts) - 1) / (2 * counts.sum()))
+
+
+def entropy_interval(counts: Sequence[int], rounds: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of the Miller-Madow entropy: basic bootstrap over the sampled answers.
+
+    Resamples scatter around the plug-in entropy of what they are drawn from, so their deviations from it are taken
+    off the estimate; the percentiles of the resamples themselves would lie too low.
+    """
+    counts = np.asarray(counts)
+    if not counts.sum():
+        return None
+    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), rounds)
+    errors = np.array([miller_madow(draw) for draw in draws]) - entropy(counts)
+    low, high = miller_madow(counts) - np.percentile(errors, [97.5, 2.5])
+    return max(0.0, float(low)), float(high)
+
+
+def share_interval(hits: int, total: int) -> tuple[float, float, float] | None:
+    """A share with its 95 % Wilson interval; None of nothing."""
+    if not total:
+        return None
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, total).proportion_ci(method="wilson")
+    return hits / total, float(interval.low), float(interval.high)
+
+
+def chi_square(counts: Sequence[int], weights: Sequence[float], rounds: int = 10_000, seed: int = 0) -> dict | None:
+    """Pearson's goodness of fit of counts to a distribution over the same values; None without counts.
+
+    p_value: share of `rounds` simulated samples of that size at least as far off, which also holds where
+    expected counts are small. Values of weight 0 must not be counted in.
+    """
+    counts, weights = np.asarray(counts, dtype=float), np.asarray(weights, dtype=float)
+    total = int(counts.sum())
+    if not total:
+        return None
+    expected = total * weights / weights.sum()
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    simulated = np.random.default_rng(seed).multinomial(total, weights / weights.sum(), rounds)
+    as_far = ((simulated - expected) ** 2 / expected).sum(1) >= statistic * (1 - 1e-12)
+    return {"chi_square": statistic, "dof": len(counts) - 1, "p_value": float((1 + as_far.sum()) / (1 + rounds)),
+            "least_expected": float(expected.min())}

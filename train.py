@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import utils
 from flags import FlagParser, parse_flags
-from methods import METHODS, load_method
+from methods import METHODS, OWN_INFERENCE, load_method
 
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha", "lora_target_modules")
 
@@ -56,10 +57,12 @@ def build_parser(method: str | None) -> FlagParser:
     group.add_argument("--learning_rate", type=float, default=1e-5, help="constant (default: %(default)s)")
     group.add_argument("--per_device_train_batch_size", type=int, default=1, help="contexts per micro-step (default: 1)")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per update (default: 1)")
-    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the rows at most (default: 1)")
-    group.add_argument("--max_steps", type=int, default=1000, help="micro-steps at most, -1: no limit (default: 1000)")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW weight decay (default: 0)")
+    group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the rows at most (default: %(default)s)")
+    group.add_argument("--max_steps", type=int, default=1000, help="micro-steps at most, -1: no limit (default: %(default)s)")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW weight decay (default: %(default)s)")
     group.add_argument("--clip_norm", action="store_true", help="clip the gradient norm at 0.3")
+    group.add_argument("--max_grad_norm", type=float, default=0.0, help="clip the gradient norm at this, 0 is off (default: %(default)s)")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW epsilon (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="order, numbers and dropout (default: 42)")
     load_method(method).add_args(parser.add_argument_group(f"method {method}"))
     group = parser.add_argument_group("output")
@@ -79,7 +82,7 @@ def check_flags(args) -> None:
     """Die over flags that contradict each other, before anything is loaded."""
     at_least = {1: ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "save_steps",
                     "loss_steps", "max_length", "max_input_length", "limit", "lora_r"),
-                0: ("learning_rate", "weight_decay", "lora_alpha", "lora_dropout")}
+                0: ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "lora_alpha", "lora_dropout")}
     for least, names in at_least.items():
         for name in names:
             value = getattr(args, name)
@@ -103,14 +106,25 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = Path(args.output_dir) / args.exp_name
     lock = None if args.dry_run else claim_run_dir(run_dir, args.resume)
     try:
-        train(method, rows, run_dir, args)
+        last = train(method, rows, run_dir, args)
     finally:
         if lock:
             lock.release()
+    if args.dry_run:
+        return
+    infer_flags = method.infer_flags(args, last) if args.method in OWN_INFERENCE else [
+        "--model_name_or_path", f"{last}/", "--num_response_per_input", "5", "--method", args.method,
+        "--temperature", "0.75", "--decoding", "sampling", "--test_file", "data/test_dialogs.jsonl",
+        "--save_file", f"outs/{args.exp_name}.jsonl"]
+    print(f"checkpoint {last}\nnext: python infer.py {shlex.join(infer_flags)}")
+    if vars(args).get("generate") and is_main_process():
+        import infer
+
+        infer.main(infer_flags)
 
 
-def train(method, rows: list[dict], run_dir: Path, args) -> None:
-    """From rows to the last checkpoint; with --dry_run only up to the trees."""
+def train(method, rows: list[dict], run_dir: Path, args) -> Path | None:
+    """From rows to the last checkpoint, which is returned; with --dry_run only up to the trees."""
     base = utils.model_dir(args.model_name)
     tokenizer = utils.load_tokenizer(base, args.chat_template)
     utils.refuse_special_tokens(rows, tokenizer, args.train_file)
@@ -119,7 +133,7 @@ def train(method, rows: list[dict], run_dir: Path, args) -> None:
           f"{counts['padded_tokens']} as padded rows ({counts['padded_tokens'] / counts['tree_tokens']:.1f} times)")
     if args.dry_run:
         show_examples(method, rows, tokenizer, args)
-        return
+        return None
 
     from transformers import set_seed
 
@@ -130,10 +144,7 @@ def train(method, rows: list[dict], run_dir: Path, args) -> None:
     trainer = make_trainer(method, model, tokenizer, rows, args, run, run_dir)
     print(f"{args.model_name}: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable "
           f"parameters; {trainer.total_steps} micro-steps of {args.per_device_train_batch_size} contexts")
-    last = trainer.fit(checkpoint)
-    print(f"checkpoint {last}\nnext: python infer.py --model_name_or_path {last}/ --num_response_per_input 5 "
-          f"--method {args.method} --temperature 0.75 --decoding sampling --test_file data/test_dialogs.jsonl "
-          f"--save_file outs/{args.exp_name}.jsonl")
+    return trainer.fit(checkpoint)
 
 
 # ---- rows and trees -----------------------------------------------------------------------------
@@ -156,9 +167,8 @@ def first_pass(method, rows: list[dict], tokenizer, args) -> tuple[list[dict], C
             continue
         kept.append(row)
         counts["truncated"] += tree.dropped_turns > 0
-        counts["tree_tokens"] += sum(len(path[-1].input_ids) for path in trees.walk(tree.root))
-        lengths = [len(r["input_ids"]) for r in trees.ordinary_rows(tree)]
-        counts["padded_tokens"] += max(lengths) * len(lengths)
+        counts["tree_tokens"] += trees.num_tokens(tree)
+        counts["padded_tokens"] += math.prod(trees.padded_shape(tree))
     counts["rows"] = len(kept)
     if counts["dropped"] or counts["truncated"]:
         print(f"{counts['truncated']} rows lost their oldest turns, {counts['dropped']} rows do not fit and are dropped")
@@ -181,10 +191,8 @@ def show_examples(method, rows: list[dict], tokenizer, args) -> None:
             text = "".join(f"‹{t}›" if w else t for t, w in zip(
                 [tokenizer.decode([i]) for i in segment.input_ids], weights, strict=True))
             print(sign, text if segment.role == trees.CONTEXT else text.replace("\n", "\\n"))
-        lengths = [len(r["input_ids"]) for r in trees.ordinary_rows(tree)]
-        tokens = sum(len(path[-1].input_ids) for path in trees.walk(tree.root))
-        padded = max(lengths) * len(lengths)
-        print(f"tree {tokens} tokens, padded rows {len(lengths)} x {max(lengths)} = {padded}: {padded / tokens:.1f} times")
+        tokens, (count, longest) = trees.num_tokens(tree), trees.padded_shape(tree)
+        print(f"tree {tokens} tokens, padded rows {count} x {longest} = {count * longest}: {count * longest / tokens:.1f} times")
 
 
 class TreeStream:
@@ -303,7 +311,8 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type="constant",
-        max_grad_norm=0.3 if args.clip_norm else 0.0, optim="adamw_torch",
+        max_grad_norm=args.max_grad_norm or (0.3 if args.clip_norm else 0.0),
+        optim="adamw_torch", adam_epsilon=args.adam_epsilon,
         max_steps=1,  # set below, when the number of processes is known
         save_strategy="steps", save_steps=args.save_steps // accumulation,
         logging_steps=max(1, args.loss_steps // accumulation), logging_nan_inf_filter=False,
@@ -393,7 +402,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 self.micro_step = int(checkpoint.name[6:])
             if self.is_world_process_zero():
                 keep_metrics(metrics_file, self.micro_step)
-            if self.micro_step >= total:
+            if self.micro_step >= total or (checkpoint and passes and passes.measure()[0]):
                 print("this run is finished")
                 return checkpoint
             try:
@@ -441,9 +450,37 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
             for signum, handler in self.handlers.items():
                 signal.signal(signum, handler)
 
+    class Passes(TrainerCallback):
+        """Fresh figures of every row, after each pass with --early_stop and before each checkpoint."""
+
+        def __init__(self):
+            self.forest = [build(method, row, i, 0, tokenizer, args) for i, row in enumerate(rows)]
+
+        def measure(self) -> tuple[bool, dict]:
+            """Whether --early_stop ends training here, and a line for metrics.jsonl."""
+            learnt, line = method.measure(trainer.model, rows, self.forest, args)
+            return learnt and args.early_stop, {"step": trainer.micro_step, **line}
+
+        def on_step_begin(self, settings, state, control, **kwargs):
+            self.passes = trainer.micro_step * contexts_per_step // len(rows)
+
+        def on_step_end(self, settings, state, control, **kwargs):
+            passes = trainer.micro_step * contexts_per_step // len(rows)
+            if not control.should_save and not (args.early_stop and passes > self.passes):
+                return
+            stop, line = self.measure()
+            if state.is_world_process_zero:
+                utils.append_jsonl(run_dir / "metrics.jsonl", [line])
+            if stop:
+                print(f"stopped early after {passes} passes: every prompt is within its threshold")
+                control.should_save = control.should_training_stop = True
+
     stream = TreeStream(method, rows, tokenizer, args, total * contexts_per_step)
     trainer = TreeTrainer(model=model, args=settings, train_dataset=stream, data_collator=pack,
                           callbacks=[Progress, *trackers(args.report_to, settings)])
+    passes = Passes() if "early_stop" in vars(args) else None
+    if passes:
+        trainer.add_callback(passes)
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean of contexts; Trainer divides by accumulation
     trainer.remove_callback(PrinterCallback)
     return trainer

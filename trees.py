@@ -75,6 +75,55 @@ def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) 
     return Segment(prompts[0][:shared], children=ends)
 
 
+def prefix_clash(sequences: list[list[int]]) -> tuple[int, int] | None:
+    """Indices (i, j) of a sequence that equals or starts another one, or None if the set is prefix-free."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    for i, j in zip(order, order[1:], strict=False):  # what starts with sequence i follows it at once
+        if sequences[j][: len(sequences[i])] == sequences[i]:
+            return i, j
+    return None
+
+
+def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segment]:
+    """Sequences of a target distribution as scored segments in which every common prefix stands once.
+
+    A token's weight is the sum of the weights of the sequences through it, so the sum of -weight * logp over all
+    tokens is -sum_y w(y) log p(y). The segment in which sequence i ends is a leaf with branch i. Raises ValueError
+    unless the sequences are prefix-free: an inner node cannot end a sequence, and probabilities would overlap.
+    """
+    clash = prefix_clash(sequences)
+    if clash:
+        raise ValueError(f"sequence {clash[0] + 1} equals or starts sequence {clash[1] + 1}")
+
+    def grow(members: list[int], start: int) -> list[Segment]:
+        """The segments of sequences that agree up to start, one per next token."""
+        by_token: dict[int, list[int]] = {}
+        for i in members:
+            by_token.setdefault(sequences[i][start], []).append(i)
+        segments = []
+        for group in by_token.values():
+            first, end = sequences[group[0]], start + 1
+            while end < len(first) and all(sequences[i][end] == first[end] for i in group):
+                end += 1
+            weight, is_leaf = sum(weights[i] for i in group), len(group) == 1
+            segments.append(Segment(first[start:end], LIKELIHOOD, [weight] * (end - start), group[0] if is_leaf else -1,
+                                    [] if is_leaf else grow(group, end)))
+        return segments
+
+    return grow(list(range(len(sequences))), 0)
+
+
+def num_tokens(tree: Tree) -> int:
+    """Tokens that a tree holds."""
+    return sum(len(path[-1].input_ids) for path in walk(tree.root))
+
+
+def padded_shape(tree: Tree) -> tuple[int, int]:
+    """(rows, tokens of the longest) of the same tree as ordinary rows, one from the root to every leaf."""
+    lengths = [sum(len(part.input_ids) for part in path) for path in walk(tree.root) if not path[-1].children]
+    return len(lengths), max(lengths)
+
+
 def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
     """Lay a forest into one row.
 
@@ -119,6 +168,41 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
         "branch": torch.tensor(branch, dtype=torch.long),
         "row": torch.tensor(row, dtype=torch.long),
         "num_rows": len(trees),
+    }
+
+
+def split(batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int) -> list[dict[str, Tensor | int]]:
+    """Cut a packed row into rows of at most max_leaves leaves and max_tokens tokens (at least one leaf each).
+
+    Every scored token is scored in exactly one part, so sums over the parts are sums over the whole. A part is a run
+    of packed tokens and the ancestors of its first token: the packing is depth first, so an ancestor of a later token
+    of the run stands in the run or is one of those.
+    """
+    last = batch["last"].tolist()
+    ends = [i + 1 for i, end in enumerate(last) if end == i]  # a run ends after a leaf
+    parts, start = [], 0
+    while start < len(last):
+        above = [j for j in range(start) if last[j] >= start]
+        later = [end for end in ends if end > start][:max_leaves]
+        end = max((end for end in later if len(above) + end - start <= max_tokens), default=later[0])
+        parts.append(take(batch, above, start, end))
+        start = end
+    return parts
+
+
+def take(batch: dict[str, Tensor | int], above: list[int], start: int, end: int) -> dict[str, Tensor | int]:
+    """The part of a packed row with the tokens `above` and those of [start, end), of which the latter are scored."""
+    device = batch["last"].device
+    keep = torch.tensor([*above, *range(start, end)], device=device)
+    parent, scored = batch["parent"][keep], (batch["token"] >= start) & (batch["token"] < end)
+    part = {name: batch[name][scored] for name in ("role", "weight", "branch", "row")}
+    return part | {
+        "input_ids": batch["input_ids"][:, keep],
+        "position_ids": batch["position_ids"][:, keep],
+        "parent": torch.searchsorted(keep, parent).where(parent >= 0, -1),
+        "last": torch.searchsorted(keep, batch["last"][keep], right=True) - 1,
+        "token": torch.searchsorted(keep, batch["token"][scored]),
+        "num_rows": batch["num_rows"],
     }
 
 
@@ -168,9 +252,35 @@ def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -
     return logits[place, targets] - logits.logsumexp(-1)[place]
 
 
+def score_in_parts(model, batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int,
+                   implementation: str = "sdpa") -> Tensor:
+    """What `score` gives, in parts of at most max_leaves leaves and max_tokens tokens.
+
+    With gradients each part is computed a second time on the way back, so that one part at a time is in memory.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    parts = split(batch, max_leaves, max_tokens)
+    if len(parts) == 1:
+        return score(model, batch, implementation)
+    return torch.cat([checkpoint(score, model, part, implementation, use_reentrant=False) for part in parts])
+
+
 def sum_by_row(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
     """Sum values (S,) into their rows (num_rows,)."""
     return values.new_zeros(num_rows).index_add(0, row, values)
+
+
+def leaf_sums(values: Tensor, batch: dict[str, Tensor | int]) -> tuple[Tensor, Tensor]:
+    """Sum the values (S,) of the scored tokens along the path to every leaf: (branch, sum), each (leaves,).
+
+    With log-probabilities, the sum is the leaf's sequence log-probability under its prompt.
+    """
+    token = batch["token"]
+    last = batch["last"][token]
+    leaf = (token == last).nonzero().flatten()
+    on_path = (token[None, :] <= token[leaf][:, None]) & (token[leaf][:, None] <= last[None, :])  # the attention rule
+    return batch["branch"][leaf], (on_path.to(values.dtype) * values).sum(1)
 
 
 def ordinary_rows(tree: Tree) -> list[dict]:

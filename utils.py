@@ -394,7 +394,7 @@ def refuse_special_tokens(rows: list[dict], tokenizer, path: str) -> None:
         text = json.dumps(row, ensure_ascii=False)
         found = [mark for mark in marks if json.dumps(mark, ensure_ascii=False)[1:-1] in text]
         if found:
-            die(2, f"{path}: row {number} spells the special token {found[0]}",
+            die(2, f"{row.get('file', path)}: row {number} spells the special token {found[0]}",
                 "write it differently: the tokenizer would read it as a command")
 
 

@@ -10,9 +10,18 @@ METHODS = {
     "otm": "possibility",
     "oto": "possibility",
     "base": "possibility",
+    "diffuse": "diffuse",
 }
+OWN_INFERENCE = ("diffuse",)  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
+OWN_EVALUATION = {"targets": "distributions"}  # a field of every row, and the module with figures for such rows
 
 
 def load_method(name: str):
     """The module that implements a method."""
     return import_module(f"methods.{METHODS[name]}")
+
+
+def own_evaluation(systems: dict[str, list[dict]]) -> str | None:
+    """The module that scores rows like these, if they are of a kind of their own."""
+    rows = [row for own in systems.values() for row in own]
+    return next((module for field, module in OWN_EVALUATION.items() if all(field in row for row in rows)), None)
