@@ -125,16 +125,17 @@ class Server:
             utils.die(code, f"{self.url}: {what}", "finished rows are kept; the same command with --resume goes on")
         return found
 
-    def call(self, message: str, seed: int, number: int, max_new_tokens: int, temperature: float) -> list[Reply]:
+    def call(self, message: str | list[dict], seed: int, number: int, max_new_tokens: int, temperature: float) -> list[Reply]:
         """One call; [] where the server refuses this very message, and Stopped(75) where it answers badly again and again."""
         import api
 
         options = {"temperature": temperature, "seed": seed % 2**31, **self.options, **({"n": number} if number > 1 else {})}
         if not temperature:
             options.pop("top_p", None)
+        turns = message if isinstance(message, list) else [{"role": "user", "content": message}]
         try:
             answers = api.retrying(
-                lambda: api.choices(self.client, self.model, [{"role": "user", "content": message}], max_new_tokens, **options),
+                lambda: api.choices(self.client, self.model, turns, max_new_tokens, **options),
                 time.monotonic() + self.timeout_total, on_retry=self.tell)
         except api.Failed as error:
             what, may_pass = error.args

@@ -85,7 +85,7 @@ def build_parser(method: str | None) -> FlagParser:
     group.add_argument("--resume", action="store_true", help="go on with a --save_file that was interrupted")
     group.add_argument("--force_base", action="store_true", help="use an adapter on another base than its own")
     group.add_argument("--strict_split", action="store_true", help="refuse test rows that were trained on")
-    parser.set_defaults(mode=None, n_batch_size=None)
+    parser.set_defaults(mode=None, n_batch_size=None, self_sample=False)
     if method in OWN_INFERENCE:
         load_method(method).add_infer_args(parser)
     return parser
@@ -172,6 +172,8 @@ def check_engine(args) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(build_parser, argv)
+    if args.self_sample:
+        load_method(args.method).self_sampling_defaults(args)
     check_flags(args)
     if args.method in OWN_INFERENCE:
         rows = load_method(args.method).inference_rows(args)
@@ -195,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     speed = answer_rows(rows, answer, args, done, save_file)
     summary = summarise(save_file, summary_file, settings, run, speed, engine, truncated)
     print_summary(summary, save_file, args)
+    if args.self_sample:
+        load_method(args.method).write_cache(save_file, summary, run, args)
     if summary["failed"]:
         utils.die(4, f"{summary['failed']} responses are missing: the server refused {dict(engine.failed)}",
                   f"the other {summary['responses']} are in {save_file}")
@@ -230,6 +234,7 @@ def settle_settings(args, run: dict, limit: int | None) -> None:
     if args.max_length is None and limit:
         args.max_length = min(limit, run["args"].get("max_length", limit))
     args.max_pos_number = run["args"].get("max_pos_number", 9)
+    args.new_tokens = run["args"].get("new_tokens", [])
 
 
 def warn_of_overlap(rows: list[dict], run: dict, args) -> None:
@@ -257,8 +262,8 @@ def plan(engine, rows: list[dict], args):
     answer(block) gives for each of its rows a dict: texts, tokens, cut and failed; asked and parsed for answers in words.
     """
     if args.engine == "hf":
-        utils.refuse_special_tokens([{k: row[k] for k in ("context", "prompt") if k in row} for row in rows],
-                                    engine.tokenizer, args.test_file)
+        utils.refuse_special_tokens([{k: row[k] for k in ("context", "prompt", "messages") if k in row} for row in rows],
+                                    engine.tokenizer, args.test_file, args.new_tokens)
     if args.decoding in BY_ASKING:
         import asking
 
@@ -307,7 +312,7 @@ def answer_by_messages(engine, method, rows: list[dict], block: list[int], args)
     """The same prompts through a server: equal ones in one call, others one by one."""
     temperature = args.temperature if args.decoding == "sampling" else 0.0
     messages = [method.decode_messages(rows[i], args) for i in block]
-    if len(set(messages[0])) == 1:
+    if all(message == messages[0][0] for message in messages[0]):
         drawn = engine.ask([own[0] for own in messages], [utils.row_seed(args.seed, i) for i in block], args.num_drawn,
                            args.max_new_tokens, temperature)
     else:
@@ -323,7 +328,7 @@ def clean_row(replies: list, args) -> dict:
 
     clean = str.strip if args.method in OWN_INFERENCE else clean_reply
     return {"texts": [clean(reply.text) for reply in replies], "tokens": sum(r.tokens for r in replies),
-            "cut": sum(r.cut for r in replies), "failed": args.num_drawn - len(replies)}
+            "cut": sum(r.cut for r in replies), "cut_at": [i for i, r in enumerate(replies) if r.cut], "failed": args.num_drawn - len(replies)}
 
 
 # ---- rows ---------------------------------------------------------------------------------------
@@ -394,6 +399,8 @@ def finish_row(row: dict, found: dict, embedder, args) -> dict:
     problems |= {"cut": found["cut"], "failed": found["failed"], "missing": args.num_response_per_input - len(preds)}
     if any(problems.values()):
         done["warnings"] = {k: v for k, v in problems.items() if v}
+    if args.self_sample:
+        done["cut_at"] = found["cut_at"]
     if "asked" in found:
         done["asked"], done["parsed"] = found["asked"], found["parsed"]
     return done
@@ -446,7 +453,8 @@ def print_summary(summary: dict, save_file: Path, args) -> None:
     if "prefill_tokens" in summary:
         shared, copied = summary["prefill_tokens"], summary["prefill_tokens_without_sharing"]
         print(f"{shared} prompt tokens computed, {copied} without sharing ({copied / shared:.1f} times)")
-    print(f"next: python eval.py --eval_file {save_file} --save_file eval_logs/{save_file.stem}.json")
+    if not args.self_sample:
+        print(f"next: python eval.py --eval_file {save_file} --save_file eval_logs/{save_file.stem}.json")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def train(method, rows: list[dict], run_dir: Path, args) -> Path | None:
     base = utils.model_dir(args.model_name)
     tokenizer = utils.load_tokenizer(base, args.chat_template)
     utils.refuse_special_tokens(rows, tokenizer, args.train_file)
+    utils.add_tokens(tokenizer, vars(args).get("new_tokens", []))
     rows, counts = first_pass(method, rows, tokenizer, args)
     print(f"method {args.method}: {counts['rows']} rows, {counts['tree_tokens']} tokens as trees, "
           f"{counts['padded_tokens']} as padded rows ({counts['padded_tokens'] / counts['tree_tokens']:.1f} times)")
@@ -201,15 +202,19 @@ class TreeStream:
     def __init__(self, method, rows, tokenizer, args, length: int):
         self.build = lambda index, epoch: build(method, rows[index], index, epoch, tokenizer, args)
         self.num_rows, self.seed, self.length = len(rows), args.seed, length
+        self.order = (lambda rng: method.order_rows(rows, args, rng)) if "mix" in vars(args) else self.shuffled
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, item: int):
         epoch, place = divmod(item, self.num_rows)
+        return self.build(self.order(random.Random(f"{self.seed}-{epoch}"))[place], epoch)
+
+    def shuffled(self, rng: random.Random) -> list[int]:
         order = list(range(self.num_rows))
-        random.Random(f"{self.seed}-{epoch}").shuffle(order)
-        return self.build(order[place], epoch)
+        rng.shuffle(order)
+        return order
 
 
 # ---- the run's folder ---------------------------------------------------------------------------
@@ -310,7 +315,8 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         output_dir=str(run_dir / ".staging"),
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type="constant",
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type="constant_with_warmup",
+        warmup_steps=vars(args).get("lr_warmup_steps", 0),
         max_grad_norm=args.max_grad_norm or (0.3 if args.clip_norm else 0.0),
         optim="adamw_torch", adam_epsilon=args.adam_epsilon,
         max_steps=1,  # set below, when the number of processes is known

@@ -343,9 +343,12 @@ def build_prompt(row: dict, number: int | None = None, base: bool = False,
 
 def encode_prompt(tokenizer, message: str) -> list[int]:
     """Token ids of a user message in the tokenizer's own chat template, up to where the reply starts."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-    )
+    return encode_messages(tokenizer, [{"role": "user", "content": message}])
+
+
+def encode_messages(tokenizer, messages: list[dict]) -> list[int]:
+    """The same for several turns, the last of which is the user's."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -386,10 +389,10 @@ def fit_messages(row: dict, write: Callable[[list[str] | None], list[str]], toke
             return [], len(turns or ())
 
 
-def refuse_special_tokens(rows: list[dict], tokenizer, path: str) -> None:
-    """Data that spells a special token would end its own turn: die and name the row."""
+def refuse_special_tokens(rows: list[dict], tokenizer, path: str, allowed: tuple[str, ...] | list[str] = ()) -> None:
+    """Data that spells a special token would end its own turn: die and name the row. allowed: new tokens of a checkpoint."""
     marks = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-    marks = sorted(m for m in marks if not m.isspace())
+    marks = sorted(m for m in marks if not m.isspace() and m not in allowed)
     for number, row in enumerate(rows, 1):
         text = json.dumps(row, ensure_ascii=False)
         found = [mark for mark in marks if json.dumps(mark, ensure_ascii=False)[1:-1] in text]
@@ -602,8 +605,11 @@ def add_lora_args(group) -> None:
                        help="module names, or all-linear (default: q v for Llama, else q k v lm_head)")
 
 
-def add_lora(model, tokenizer, args):
-    """Wrap a model in a LoRA adapter, the only trainable part; unset flags take the family's defaults."""
+def add_lora(model, tokenizer, args, **more):
+    """Wrap a model in a LoRA adapter, the only trainable part; unset flags take the family's defaults.
+
+    more: further settings of PEFT's LoraConfig.
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     r, alpha, dropout, targets = LORA_DEFAULTS.get(model.config.model_type, LORA_DEFAULTS["other"])
@@ -615,7 +621,7 @@ def add_lora(model, tokenizer, args):
     config = LoraConfig(
         task_type="CAUSAL_LM", bias="none", r=args.lora_r, lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, **more,
     )
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, args.gradient_checkpointing)
@@ -625,6 +631,43 @@ def add_lora(model, tokenizer, args):
         die(2, f"--lora_target_modules {' '.join(missing)}: no such module in this model",
             f"its modules: {' '.join(n for n in names if not n.isdigit())}; or all-linear")
     return get_peft_model(model, config)
+
+
+def add_tokens(tokenizer, names: list[str]) -> None:
+    """Add tokens that the tokenizer lacks; they are shown in decoded text, unlike special ones."""
+    from tokenizers import AddedToken
+
+    known = [name for name in names if name in tokenizer.get_vocab()]
+    if known:
+        die(2, f"--new_tokens {known[0]}: the tokenizer has this token already", "choose another name")
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
+
+
+def grow_embeddings(model, tokenizer, settings: dict) -> None:
+    """Make room for `new_tokens` and fill their rows by `token_init`, the same for the same base and `seed`.
+
+    mean of all rows, a random draw with the mean and deviation of each dimension, or the mean of the rows of
+    `token_description`. An output embedding that is a matrix of its own gets its rows in the same way.
+    """
+    import torch
+
+    ids = tokenizer.convert_tokens_to_ids(settings["new_tokens"])
+    old = min(ids)  # rows from here on are new, or spare
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    weights = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in weights.values():
+            known = weight[:old].double()  # so that the mean does not depend on the number of threads
+            generator = torch.Generator().manual_seed(settings["seed"])
+            for place, token in enumerate(ids):
+                row = known.mean(0)
+                if settings["token_init"] == "random":
+                    row = row + known.std(0) * torch.randn(len(row), generator=generator, dtype=row.dtype).to(row.device)
+                elif settings["token_init"] == "description":
+                    text = tokenizer(settings["token_description"][place], add_special_tokens=False)["input_ids"]
+                    row = known[text].mean(0)
+                weight[token] = row.to(weight.dtype)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -731,9 +774,16 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
             die(2, f"{folder} was trained on base {saved['base_sha256']}, {saved['base_model']} is {fingerprint}",
                 "load the base it was trained on, or pass --force_base")
         from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
 
         tokenizer = load_tokenizer(str(folder))
-        model = PeftModel.from_pretrained(load_model(base), folder)
+        model = load_model(base)
+        if saved["args"].get("new_tokens"):
+            grow_embeddings(model, tokenizer, saved["args"])
+        model = PeftModel.from_pretrained(model, folder)
+        for layer in model.modules():  # written into the matrix once, else it is copied at every step
+            if isinstance(layer, TrainableTokensLayer):
+                layer.merge()
         saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
     else:
         base = model_dir(name)
