@@ -247,7 +247,7 @@ def embedding_figures(model, tokenizer, token: str, description: str) -> dict:
 def model_figures(rows: list[dict], settings: dict, held_out: list[dict] | None, untuned: dict) -> dict:
     """token_nll, reply_nll, retention and neighbours of the model of an outs file.
 
-    held_out: diverse rows that no run trains on. untuned: what is known of base models' retention, by name; filled here.
+    held_out: diverse rows that no run trains on. untuned: what was measured before training so far; filled here.
     """
     model, tokenizer, run = utils.load_checkpoint(settings["model_name_or_path"], chat_template=settings["chat_template"])
     if run["weights"] != settings["weights"]:
@@ -263,19 +263,22 @@ def model_figures(rows: list[dict], settings: dict, held_out: list[dict] | None,
                                  for i, token in enumerate(new)}
     own = mean_nll(model, reply_sequences(held_out, tokenizer)) if held_out else None
     del model
-    if run["args"]:  # an adapter: how was its base before?
+    start = {name: run["args"].get(name) for name in ("new_tokens", "token_init", "token_description", "seed")}
+    known = f"{base}: {json.dumps(start)}"  # runs that start alike are measured before training once
+    if not run["args"]:
+        untuned[base] = {"retention": own}
+    elif not {base, known} <= untuned.keys():
         before, plain, _ = utils.load_checkpoint(base)
-        if held_out and base not in untuned:
-            untuned[base] = mean_nll(before, reply_sequences(held_out, plain))
+        untuned.setdefault(base, {"retention": mean_nll(before, reply_sequences(held_out, plain)) if held_out else None})
         if new:
             utils.add_tokens(plain, new)
             utils.grow_embeddings(before, plain, run["args"])
-            figures["token_nll_before"] = list(metrics.interval(mean_nll(before, token_sequences(rows, plain, new))))
-    elif own:
-        untuned[base] = own
+        untuned[known] = {"token_nll": mean_nll(before, token_sequences(rows, plain, new)) if new else None}
+    if new:
+        figures["token_nll_before"] = list(metrics.interval(untuned[known]["token_nll"]))
     if own:
         figures["retention"] = {"rows": len(own), "nll": list(metrics.interval(own)),
-                                "change": list(metrics.interval(np.subtract(own, untuned[base])))}
+                                "change": list(metrics.interval(np.subtract(own, untuned[base]["retention"])))}
     return figures
 
 
@@ -314,7 +317,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
             utils.die(2, f"{name} needs rows that ask for the format and rows that do not, under unseen phrasings", "data/delia/test.jsonl has both")
     held_out, reason = held_out_rows(files)
     result = {"kind": "instructions", "no_retention": reason, "systems": {}}
-    untuned: dict[str, list[float]] = {}
+    untuned: dict[str, dict] = {}
     first = None
     lines = []
     for (name, rows), file in zip(systems.items(), files, strict=True):
