@@ -46,8 +46,8 @@ def main() -> None:
     lines = {task: compare(*systems) for task, systems in found.items()}
     shown = [[task, str(line["prompts"]), *(f"{line[f]['before']:.2f} → {line[f]['after']:.2f}" for f in FIGURES),
               "{:+.2f} [{:.2f}, {:.2f}]".format(*line["entropy"]["difference"][:3])] for task, line in lines.items()]
-    table(f"left out, before → after; means over prompts of {flags.n_generations} replies; entropy in nats",
-          ["task", "prompts", *FIGURES, "entropy, difference"], shown)
+    table(f"left out, before → after; means over prompts of {flags.n_generations} replies; entropy and its difference in nats",
+          ["task", "prompts", *FIGURES, "difference"], shown)
     print(json.dumps({"tasks": lines} | about_the_run()))
 
 

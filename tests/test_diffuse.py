@@ -23,6 +23,7 @@ import utils
 from methods import diffuse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import diffuse_transfer  # noqa: E402
 from speed_diffuse import number_row, padded_loss, training_args  # noqa: E402
 
 evaluation = __import__("importlib").import_module("eval")
@@ -429,3 +430,27 @@ def test_generate_samples_after_training(prompts, tiny_dir, tmp_path, monkeypatc
                 "--output_dir", str(tmp_path / "ck"), "--generate", "--n_generations", "3", "--max_new_tokens", "4"])
     rows = [json.loads(line) for line in (tmp_path / "outs" / "diffuse_lora.jsonl").read_text().splitlines()]
     assert [len(row["preds"]) for row in rows] == [3, 3] and rows[0]["mode"] == "lora"
+
+
+def test_transfer_leaves_every_task_out_and_goes_on_with_what_is_there(able_dir, tmp_path, monkeypatch, capsys):
+    """Two tasks of two prompts: each is sampled before and after training on the other; a second run draws nothing anew."""
+    for task in ("a", "b"):
+        for name in ("x", "y"):
+            write_prompt(tmp_path / task / f"{name}.json", request=f"{task}{name}?")
+    (tmp_path / "c.yaml").write_text(f"model: {able_dir}\nmethod: diffuse\ntrain_prompts: [{tmp_path}/a, {tmp_path}/b]\noutput_dir: x\n")
+    flags = ["--config", tmp_path / "c.yaml", "--n_iters", 2, "--n_generations", 12, "--max_new_tokens", 4, "--out_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["diffuse_transfer.py", *map(str, flags)])
+    results = []
+    for _ in range(2):
+        diffuse_transfer.main()
+        said = capsys.readouterr()
+        results.append(json.loads(said.out.splitlines()[-1])["tasks"])
+    assert results[0] == results[1] and set(results[0]) == {"a", "b"} and "before → after" in said.out
+    assert "this run is finished" in said.err
+    for task, line in results[0].items():
+        before, after = ([json.loads(row) for row in (tmp_path / "out" / f"{task}_{mode}.jsonl").read_text().splitlines()]
+                         for mode in ("untuned", "lora"))
+        assert [row["task"] for row in before] == [task, task] and before[0]["preds"] != after[0]["preds"]
+        assert line["prompts"] == 2 and line["kl"]["after"] < line["kl"]["before"]
+    run = json.loads((tmp_path / "out" / "a_lora.json").read_text())["run"]
+    assert "without_a" in str(run["args"]["exp_name"])
