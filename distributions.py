@@ -6,6 +6,7 @@ eval.py calls `evaluate` for rows that carry `targets` (method diffuse). Per sys
 | kl, tv, outside   | model    | KL(w || p) in nats, total variation, probability of any text but a target             |
 | entropy           | samples  | of the answers, Miller-Madow, in nats, with a 95 % interval; entropy_plugin without correction |
 | coverage          | samples  | distinct answers among N replies                                                     |
+| covered           | samples  | distinct targets among them                                                           |
 | parsed, valid     | samples  | share of replies with an answer; share whose answer is a target                      |
 | chi_square        | samples  | fit of the valid answers to the targets' weights, with a simulated p-value            |
 | unseen_valid      | samples  | share of replies whose answer is a target that no training prompt had                |
@@ -27,7 +28,7 @@ import metrics
 import utils
 
 BRACES = re.compile(r"\{[^{}]*\}")
-COLUMNS = ("kl", "tv", "outside", "entropy", "coverage", "parsed", "valid", "p_value", "unseen_valid", "new")
+COLUMNS = ("kl", "tv", "outside", "entropy", "coverage", "covered", "parsed", "valid", "p_value", "unseen_valid", "new")
 MAX_BARS = 60  # targets of a plot that get a label each
 
 
@@ -86,8 +87,8 @@ def sample_figures(row: dict, seen: set[str]) -> dict:
     valid = [answers[t] for t in wanted]
     unseen = sum(answers[t] for t in wanted if t not in seen)
     return figures | {
-        "valid": metrics.share_interval(sum(valid), total),
-        "new": metrics.share_interval(sum(counts) - sum(valid), total), "new_distinct": len(answers) - sum(v > 0 for v in valid),
+        "valid": metrics.share_interval(sum(valid), total), "covered": sum(v > 0 for v in valid),
+        "new": metrics.share_interval(sum(counts) - sum(valid), total), "new_distinct": sum(t not in wanted for t in answers),
         "unseen_valid": metrics.share_interval(unseen, total),
         **(metrics.chi_square(valid, list(wanted.values())) or {"chi_square": None, "p_value": None}),
         "counts": dict(answers.most_common())}
@@ -175,17 +176,17 @@ def print_figures(result: dict) -> None:
         if value is None:
             return "—"
         if isinstance(value, (list, tuple)):
-            return f"{value[0]:.3f} [{value[1]:.2f}, {value[2]:.2f}]" if len(value) == 3 else str(value)
-        return str(value) if isinstance(value, int) else f"{value:.4f}"
+            return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+        return str(value) if isinstance(value, int) else f"{value:.3f}"
 
-    console = Console(width=max(170, Console().width))
+    console = Console(width=max(200, Console().width))
     several = any(len(system["prompts"]) > 1 for system in result["systems"].values())
     for kind, title in (("prompts", "per prompt; nats; 95 % intervals over replies"), ("tasks", "means over the prompts of a task")):
         if kind == "tasks" and not several:
             continue
         table = Table(title=title)
         for column in (kind[:-1], "system", *COLUMNS):
-            table.add_column(column.replace("_", " "))
+            table.add_column(column.replace("_", " "), no_wrap=True)
         for name in next(iter(result["systems"].values()))[kind]:
             for system, own in result["systems"].items():
                 table.add_row(name, system, *(figure(own[kind][name].get(column)) for column in COLUMNS))

@@ -21,7 +21,6 @@ import json
 import random
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from os.path import commonprefix
 from pathlib import Path
@@ -318,11 +317,6 @@ def read_log(path: Path, keys: set[str]) -> dict[str, Judgement]:
     if bad:
         utils.note(f"note: {path} holds {bad} lines that are no judgements; they are left there and asked for again")
     return log
-
-
-def count_unscored(verdicts: list[Verdict]) -> dict[str, int]:
-    """How many verdicts have no score, by reason."""
-    return dict(Counter(verdict.reason for verdict in verdicts if verdict.score is None).most_common())
 
 
 # ---- canaries -----------------------------------------------------------------------------------

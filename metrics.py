@@ -14,7 +14,6 @@ from functools import lru_cache
 import numpy as np
 
 PUNCTUATION = set(string.punctuation) | {"``", "''", "...", "..", "–", "…", "•", "“", "”", "‘", "’"}
-SAME_MEANING = 0.8  # cosine of two responses that count as one answer in yield@k
 
 
 @lru_cache(maxsize=100_000)
@@ -49,12 +48,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float | None:
     return len(set(found)) / len(found) if found else None
 
 
-def mean_distinct_n(groups: Sequence[Sequence[str]], n: int) -> float | None:
-    """distinct_n of each prompt's responses, averaged over prompts; does not fall with their number."""
-    values = [v for v in (distinct_n(group, n) for group in groups) if v is not None]
-    return float(np.mean(values)) if values else None
-
-
 def pairwise_diversity(embeddings: np.ndarray) -> float | None:
     """1 - mean cosine over the pairs of one prompt's responses; embeddings (N, D) of unit length.
 
@@ -65,28 +58,6 @@ def pairwise_diversity(embeddings: np.ndarray) -> float | None:
         return None
     cosine = embeddings @ embeddings.T
     return float(1 - (cosine.sum() - np.trace(cosine)) / (n * (n - 1)))
-
-
-def num_distinct(embeddings: np.ndarray, texts: Sequence[str], threshold: float = SAME_MEANING) -> int:
-    """Number of different answers: connected components where cosine >= threshold or texts are equal.
-
-    Does not depend on the order of the responses.
-    """
-    n = len(texts)
-    cosine = embeddings @ embeddings.T if n else np.zeros((0, 0))
-    group = list(range(n))
-    for i in range(n):
-        for j in range(i):
-            if group[i] != group[j] and (cosine[i, j] >= threshold or texts[i] == texts[j]):
-                old, new = group[i], group[j]
-                group = [new if g == old else g for g in group]
-    return len(set(group))
-
-
-def yield_at_k(texts: Sequence[str], embeddings: np.ndarray, coherent: Sequence[bool]) -> int:
-    """How many of k responses are coherent AND different from each other."""
-    keep = [i for i, good in enumerate(coherent) if good]
-    return num_distinct(embeddings[keep], [texts[i] for i in keep])
 
 
 def interval(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> tuple[float, float, float]:
@@ -200,11 +171,6 @@ def partition(similarity: np.ndarray, threshold: float) -> list[int]:
     label = fcluster(linkage(squareform(distance, checks=False), "average"), 1 - threshold + 1e-9, "distance")
     first: dict[int, int] = {}
     return [first.setdefault(int(c), len(first)) for c in label]
-
-
-def classes_by_threshold(similarities: Sequence[np.ndarray], thresholds: Sequence[float]) -> dict[float, float]:
-    """Mean number of classes over prompts for each threshold: how much depends on where the line is drawn."""
-    return {t: float(np.mean([distinct_k(partition(s, t)) for s in similarities])) for t in thresholds}
 
 
 def distinct_k(classes: Sequence[int]) -> int:

@@ -408,7 +408,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 self.micro_step = int(checkpoint.name[6:])
             if self.is_world_process_zero():
                 keep_metrics(metrics_file, self.micro_step)
-            if self.micro_step >= total or (checkpoint and passes and passes.measure()[0]):
+            if self.micro_step >= total or stopped_early(metrics_file):
                 print("this run is finished")
                 return checkpoint
             try:
@@ -462,21 +462,18 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         def __init__(self):
             self.forest = [build(method, row, i, 0, tokenizer, args) for i, row in enumerate(rows)]
 
-        def measure(self) -> tuple[bool, dict]:
-            """Whether --early_stop ends training here, and a line for metrics.jsonl."""
-            learnt, line = method.measure(trainer.model, rows, self.forest, args)
-            return learnt and args.early_stop, {"step": trainer.micro_step, **line}
-
         def on_step_begin(self, settings, state, control, **kwargs):
             self.passes = trainer.micro_step * contexts_per_step // len(rows)
 
         def on_step_end(self, settings, state, control, **kwargs):
             passes = trainer.micro_step * contexts_per_step // len(rows)
-            if not control.should_save and not (args.early_stop and passes > self.passes):
+            may_stop = args.early_stop and passes > self.passes
+            if not control.should_save and not may_stop:
                 return
-            stop, line = self.measure()
+            learnt, line = method.measure(trainer.model, rows, self.forest, args)
+            stop = may_stop and learnt
             if state.is_world_process_zero:
-                utils.append_jsonl(run_dir / "metrics.jsonl", [line])
+                utils.append_jsonl(run_dir / "metrics.jsonl", [{"step": trainer.micro_step, "stopped": stop, **line}])
             if stop:
                 print(f"stopped early after {passes} passes: every prompt is within its threshold")
                 control.should_save = control.should_training_stop = True
@@ -484,9 +481,8 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
     stream = TreeStream(method, rows, tokenizer, args, total * contexts_per_step)
     trainer = TreeTrainer(model=model, args=settings, train_dataset=stream, data_collator=pack,
                           callbacks=[Progress, *trackers(args.report_to, settings)])
-    passes = Passes() if "early_stop" in vars(args) else None
-    if passes:
-        trainer.add_callback(passes)
+    if "early_stop" in vars(args):
+        trainer.add_callback(Passes())
     trainer.model_accepts_loss_kwargs = False  # the loss is a mean of contexts; Trainer divides by accumulation
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -498,6 +494,11 @@ def keep_metrics(path: Path, step: int) -> None:
         utils.repair_tail(path)
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
         utils.atomic_write(path, "".join(line + "\n" for line in lines))
+
+
+def stopped_early(path: Path) -> bool:
+    """Whether the log, cut back to the checkpoint, holds the measurement that ended the run."""
+    return path.exists() and any(json.loads(line).get("stopped") for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def trackers(report_to: str, settings) -> list:

@@ -141,7 +141,7 @@ def count_flops(model, forest, args) -> float:
 
 
 def num_tokens(forest) -> int:
-    return sum(len(path[-1].input_ids) for tree in forest for path in trees.walk(tree.root))
+    return sum(trees.num_tokens(tree) for tree in forest)
 
 
 def num_padded(forest) -> int:

@@ -324,7 +324,7 @@ def add_infer_args(parser) -> None:
     group.add_argument("--train_prompts", "--train_file", dest="train_file", nargs="+", default=[], help="the prompts trained on")
     add_prompt_args(group)
     group.add_argument("--split", choices=["all", "train", "test"], default="all", help="which prompts are sampled (default: all)")
-    group.add_argument("--n_batch_size", type=int, default=250, help="replies drawn at a time under one prefill (default: 250)")
+    group.add_argument("--n_batch_size", type=int, default=100, help="replies drawn at a time under one prefill (default: 100)")
     group.add_argument("--output_dir", default="checkpoints", help="where train.py put its runs (default: %(default)s)")
     group.add_argument("--exp_name", default="diffuse", help="the run's folder; its newest checkpoint is used (default: %(default)s)")
     known = train.build_parser("diffuse")

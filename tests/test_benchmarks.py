@@ -34,3 +34,10 @@ def test_decoding_is_compared_and_shared_prompts_are_counted(tiny_dir, many_rows
     assert result["shared_prefill_ratio"] > 0 and result["diverse_over_beam"] > 0
     assert 4.5 < result["prompt_tokens_without_sharing"] / result["prompt_tokens"] < 5
     assert len(result["growth"]) == 11
+
+
+def test_a_trie_of_targets_is_compared_at_equal_losses(tiny_dir, many_rows, tmp_path):
+    """100 targets of about 4 tokens behind a request of 40 and more: more than ten times the tokens as rows."""
+    result = run("diffuse", tiny_dir, many_rows, tmp_path)
+    assert result["loss_difference"] < 1e-5 and result["targets"] == 100 and result["ratio"] > 0
+    assert result["padded_tokens"] > 10 * result["tokens"] and [line["targets"] for line in result["growth"]] == [10, 50, 200]

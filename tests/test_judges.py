@@ -282,7 +282,7 @@ def test_what_is_always_answered_badly_is_unscored_and_the_others_are_scored(jud
     server = serve(*[BAD[name]] * api.MAX_BAD_ANSWERS, then=rated(8))
     verdicts, _ = judge(ITEMS[:3], server)
     assert [v.score for v in verdicts] == [None, 8, 8] and verdicts[0].reason == kinds.get(name, "http_error")
-    assert judges.count_unscored(verdicts) == {verdicts[0].reason: 1} and verdicts[0].stage1.text
+    assert verdicts[0].stage1.text
 
 
 @pytest.mark.parametrize("finish_reason, kind", [("length", "truncated"), ("content_filter", "filtered")])
@@ -310,7 +310,7 @@ def test_a_server_that_fails_call_after_call_ends_the_run(judge, serve):
     server = serve(then=error(500))
     assert judge(items, server, model="b")[0] == 75 and len(server.seen) == 5 * judges.MAX_FAILED_IN_A_ROW
     verdicts, _ = judge(items, serve(rated(7), then=error(400)), model="c")
-    assert judges.count_unscored(verdicts) == {"http_error": 31}
+    assert [v.reason for v in verdicts if v.score is None] == ["http_error"] * 31
 
 
 def test_prose_instead_of_a_rating_is_unscored_and_its_text_is_kept(judge, serve):
