@@ -228,6 +228,15 @@ def test_the_log_tells_the_sources_apart(runs):
     assert (run["args"]["num_task_rows"], run["args"]["num_diverse_rows"]) == (4, 8)
 
 
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(runs, files, tiny_dir, tmp_path):
+    """Ratio 2 in 6 of its 12 steps, then the rest: same weights, token row included, and the same log."""
+    common = ["--num_train_epochs", "2", "--lora_dropout", "0.0", "--exp_name", "two", "--diverse_ratio", "2", "--mix", "stratified"]
+    train.main(flags(files, tiny_dir, tmp_path, *common, "--max_steps", "6"))
+    train.main(flags(files, tiny_dir, tmp_path, *common, "--resume"))
+    weights = [(out / "two" / "check_12" / "adapter_model.safetensors").read_bytes() for out in (tmp_path, runs)]
+    assert weights[0] == weights[1] and metrics_of(tmp_path / "two") == metrics_of(runs / "two")
+
+
 # ---- new tokens ---------------------------------------------------------------------------------
 
 
