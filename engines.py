@@ -2,7 +2,7 @@
 
 Both have `ask(messages, seeds, number, max_new_tokens, temperature)`: `number` replies to each user message,
 each message with a seed of its own, temperature 0 for the most probable reply. A list may be short where a
-server gave up on a reply; the caller counts that.
+server gave up on a reply; the caller counts that. To a server a message may also be a list of turns.
 """
 
 from __future__ import annotations

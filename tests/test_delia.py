@@ -593,6 +593,9 @@ def test_the_data_sets_hold_what_their_card_says():
     assert not {text_of[p] for p in of["train"]} & {text_of[p] for p in of["test"]}
     questions = {name: {instructions.question_of({**row, "prompt": row["messages"][0]["content"]})[0] for row in rows[name]} for name in of}
     assert questions["test"] == questions["test_seen"] and not questions["test"] & questions["train"]
+    every = [text for name in ("train", "test") for row in rows[name] for text in instructions.question_of(
+        {**row, "prompt": row["messages"][0]["content"]})[0].lower().split("\nanswer: ")]
+    assert len(set(every)) == len(every) == 560, "no question and no judged answer stands twice"
     for name in of:
         assert Counter(row["label"] for row in rows[name]).most_common()[0][1] * 2 == len(rows[name]), "labels are balanced"
 
