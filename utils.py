@@ -277,8 +277,8 @@ def sha256(data: bytes | str) -> str:
 
 
 def row_hash(row: dict) -> str:
-    """12 hex digits of a row's normalised context or prompt, to find train rows among test rows."""
-    return sha256(normalise(row.get("context", row.get("prompt", ""))))[:12]
+    """12 hex digits of a row's normalised context, prompt or text, to find train rows among test rows."""
+    return sha256(normalise(next((row[key] for key in ("context", "prompt", "text") if key in row), "")))[:12]
 
 
 def row_seed(seed: int, index: int, turn: int = 0) -> int:
@@ -602,8 +602,35 @@ def add_lora_args(group) -> None:
                        help="module names, or all-linear (default: q v for Llama, else q k v lm_head)")
 
 
-def add_lora(model, tokenizer, args):
-    """Wrap a model in a LoRA adapter, the only trainable part; unset flags take the family's defaults."""
+def fit_embeddings(model, tokenizer) -> None:
+    """Give tokens that a tokenizer has and its model has not rows at the mean of the old ones, the same at every call."""
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= old:
+        return
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    means = [layer.weight.detach().mean(0) for layer in layers]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for layer, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=False):
+            layer.weight[old:] = mean
+
+
+def ban_tokens(model, token_ids: list[int]) -> None:
+    """Make a model never say these tokens, whatever decodes it: their logits are -1e9, also where guidance adds them up."""
+
+    def lower(module, inputs, output):
+        output.logits[..., token_ids] = -1e9
+
+    model.register_forward_hook(lower)
+
+
+def add_lora(model, tokenizer, args, token_ids: list[int] | None = None):
+    """Wrap a model in a LoRA adapter, the only trainable part; unset flags take the family's defaults.
+
+    token_ids: tokens whose embeddings are trained, too (input and output rows are one where the model ties them).
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     r, alpha, dropout, targets = LORA_DEFAULTS.get(model.config.model_type, LORA_DEFAULTS["other"])
@@ -614,7 +641,7 @@ def add_lora(model, tokenizer, args):
     targets = args.lora_target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM", bias="none", r=args.lora_r, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+        lora_dropout=args.lora_dropout, trainable_token_indices=token_ids,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
     if args.load_in_4bit:
@@ -645,9 +672,10 @@ def seal(staging: Path, final: Path) -> None:
 def finish_adapter(folder: Path, tokenizer, run: dict) -> None:
     """Add to a saved adapter its tokenizer, run.json, and the base's name instead of a machine's path."""
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = run["base_model"]
-    atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
+    if path.exists():  # else a whole model was trained
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = run["base_model"]
+        atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
     tokenizer.save_pretrained(folder)
     atomic_write(folder / "run.json", json.dumps(run, indent=1))
 
@@ -733,14 +761,25 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
         from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
 
         tokenizer = load_tokenizer(str(folder))
-        model = PeftModel.from_pretrained(load_model(base), folder)
+        model = load_model(base)
+        fit_embeddings(model, tokenizer)
+        model = PeftModel.from_pretrained(model, folder)
         saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
+    elif (folder / "run.json").is_file():  # trained from scratch: a whole model, no adapter
+        missing = missing_files(folder)
+        if missing:
+            die(2, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        saved["weights"] = base_fingerprint(str(folder))
+        tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
     else:
         base = model_dir(name)
         fingerprint = base_fingerprint(base)
         saved = {"method": "base", "base_model": name, "base_sha256": fingerprint, "weights": fingerprint, "args": {}}
         tokenizer = load_tokenizer(base, chat_template)
         model = load_model(base)
+    if banned := saved["args"].get("banned_ids"):
+        ban_tokens(model.get_base_model() if (folder / "adapter_config.json").exists() else model, banned)
     return model.eval(), tokenizer, saved
 
 

@@ -11,9 +11,10 @@ METHODS = {
     "oto": "possibility",
     "base": "possibility",
     "diffuse": "diffuse",
+    "control": "control",
 }
-OWN_INFERENCE = ("diffuse",)  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
-OWN_EVALUATION = {"targets": "distributions"}  # a field of every row, and the module with figures for such rows
+OWN_INFERENCE = ("diffuse", "control")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
+OWN_EVALUATION = {"targets": "distributions", "wants": "attributes"}  # a field of every row, and the module with figures for such rows
 
 
 def load_method(name: str):
