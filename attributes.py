@@ -148,10 +148,10 @@ def opposite(want: dict[str, str], schema: dict) -> dict[str, str] | None:
     return {name: poles[name][1 - poles[name].index(value)] for name, value in want.items()}
 
 
-def combinations(schema: dict, names: Sequence[str]) -> list[dict[str, str]]:
-    """Every choice of a value, or of none, for each of the attributes; the first asks for nothing."""
-    options = [[None, *schema[name]["values"]] for name in names]
-    return [{n: v for n, v in zip(names, choice, strict=True) if v} for choice in product(*options)]
+def combinations(options: dict[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Every choice of a value, or of none, for each attribute of {name: values}; the first asks for nothing."""
+    choices = product(*([None, *values] for values in options.values()))
+    return [{name: value for name, value in zip(options, choice, strict=True) if value} for choice in choices]
 
 
 def write_want(want: dict[str, str]) -> str:
@@ -398,7 +398,8 @@ def print_figures(summary: dict) -> None:
                   title_justify="left", caption=thresholds, caption_justify="left")
     for column in ("asked for", "model", "no condition", "asked", "asked - none", "opposite asked", "opposite - none"):
         table.add_column(column, justify="left" if column in ("asked for", "model") else "right")
-    for want in sorted(wants.values(), key=len):
+    most = max(map(len, wants.values()), default=0)
+    for want in sorted((w for w in wants.values() if len(w) in (1, most)), key=len):
         for name, system in summary["systems"].items():
             own = next((e for e in system["effects"] if e["want"] == want), None)
             if own:

@@ -32,7 +32,7 @@ from flags import FlagParser, parse_flags
 
 URL = re.compile(r"\b(?:https?://|www\.)\S+", re.I)
 MENTION = re.compile(r"^\s*RT\b|(?<!\w)@\w+")  # retweets and names
-ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|Inc|e\.g|i\.e|[A-Z])\.)$")
+ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|Inc|e\.g|i\.e|[A-Z])\.)$")
 DROPPED = {  # in this order; a text counts under the first filter that drops it
     "no letters": "holds no letter, so there is nothing to score",
     "length": "fewer than --min_words or more than --max_words words",
@@ -247,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     before = {split: count_values(own, schema) for split, own in splits.items()}
     if not splits["train"]:
         utils.die(2, f"--input {args.input}: one document cannot be split into train and valid", "give more documents")
+    prompts = first_words(splits["valid"], args.prompt_words, args.num_prompts, rng)
     if args.balance:
         splits = {split: balance(own, rng) for split, own in splits.items()}
     if args.limit:
@@ -254,7 +255,6 @@ def main(argv: list[str] | None = None) -> None:
     for row in splits["train"]:
         if rng.random() < args.drop_rate:
             row["unconditioned"] = True
-    prompts = first_words(splits["valid"], args.prompt_words, args.num_prompts, rng)
     out_dir, described = Path(args.out_dir), {}
     for name, own in (*splits.items(), ("prompts", prompts)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own)

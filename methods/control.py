@@ -198,9 +198,9 @@ def add_infer_args(parser) -> None:
     next(a for a in parser._actions if a.dest == "test_file").required = False
     group.set_defaults(num_response_per_input=1, max_new_tokens=24, model_name_or_path=None)
     group.add_argument("--want", nargs="+", metavar="NAME=VALUE", default=[], help="what is asked for, such as toxicity=nontoxic sentiment=pos")
-    group.add_argument("--sweep", action="store_true",
-                       help="every combination of values, and of none, instead: --num_response_per_input replies to each (default: 1)")
-    group.add_argument("--sweep_attributes", nargs="+", metavar="NAME", help="of --sweep (default: those that were trained)")
+    group.add_argument("--sweep", nargs="*", metavar="NAME[=VALUE,VALUE]",
+                       help="every combination of values, and of none, of these attributes (default: all that were trained), "
+                            "with --num_response_per_input replies to each (default: 1)")
     group.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default), 0 is unconditioned")
     group.add_argument("--untrained", action="store_true",
                        help="allow attributes that the checkpoint was not trained on: the baselines of the published table")
@@ -240,12 +240,17 @@ def wanted(args, known: dict, where: str) -> list[dict[str, str]]:
     """The condition of every reply to a row; dies over attributes and values that the checkpoint does not know."""
     from attributes import combinations
 
-    if args.sweep:
-        names = args.sweep_attributes or list(known)
-        refuse_unknown({name: None for name in names}, known, where)
+    if args.sweep is not None:
         if args.want or args.decoding in ("beam", "diverse"):
             utils.die(2, "--sweep asks for all combinations, so it takes neither --want nor beams", "drop one of them")
-        return combinations(known, names) * args.num_response_per_input
+        options = {}
+        for word in args.sweep or known:
+            name, _, values = word.partition("=")
+            refuse_unknown({name: None}, known, where)
+            options[name] = values.split(",") if values else known[name]["values"]
+            for value in options[name]:
+                refuse_unknown({name: value}, known, where)
+        return combinations({name: options[name] for name in known if name in options}) * args.num_response_per_input
     pairs = [word.partition("=") for word in args.want]
     if bad := [word for word, (name, equals, value) in zip(args.want, pairs, strict=True) if not (name and equals and value)]:
         utils.die(2, f"--want {bad[0]} is not NAME=VALUE", "such as sentiment=pos")
