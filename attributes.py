@@ -1,10 +1,10 @@
 """Attributes of a text: one set of scorers labels training data and judges generations (method control).
 
 | attribute | values             | scorer                                                                             |
-| toxicity  | nontoxic, toxic    | alt-profanity-check, probability of offensive language; detoxify with its checkpoint |
+| toxicity  | nontoxic, toxic    | alt-profanity-check, probability of offensive language; or a detoxify classifier    |
 | sentiment | neg, neu, pos      | VADER compound, -1 to 1                                                            |
 | length    | short, long        | words                                                                              |
-| question  | statement, question | 1 if a sentence ends in a question mark, else 0                                    |
+| question  | statement, question | 1 if the text ends in a question mark, else 0                                     |
 | formality | casual, formal     | by rule, see `formality`                                                           |
 
 A schema says how texts were labelled: {attribute: {"values", "thresholds", "scorer", "version"}}. Training and
@@ -20,6 +20,7 @@ eval.py calls `evaluate` for rows that carry `wants`, the attributes that each r
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -76,28 +77,53 @@ def load_scorer(name: str, checkpoint: str | None = None) -> tuple[Callable[[lis
         return lambda texts: [rules[name](text) for text in texts], "1"
     from importlib.metadata import PackageNotFoundError, version
 
-    package = {"alt-profanity-check": "1.9.1", "vaderSentiment": "3.3.2", "detoxify": "0.5.4"}
+    if name == "detoxify":
+        return load_detoxify(checkpoint)
+    package = {"alt-profanity-check": "1.9.1", "vaderSentiment": "3.3.2"}
     if name not in package:
-        utils.die(2, f"scorer {name!r} is unknown", f"one of {', '.join([*rules, *package])}")
+        utils.die(2, f"scorer {name!r} is unknown", f"one of {', '.join([*rules, *package])}, detoxify")
     try:
         found = version(name)
         if name == "alt-profanity-check":
             from profanity_check import predict_prob
 
             return lambda texts: [float(p) for p in predict_prob(texts)], found
-        if name == "vaderSentiment":
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-            analyzer = SentimentIntensityAnalyzer()
-            return lambda texts: [analyzer.polarity_scores(text)["compound"] for text in texts], found
-        if not checkpoint or not Path(checkpoint).is_file():
-            utils.die(3, f"--detoxify_checkpoint {checkpoint} is not a file", "detoxify needs its weights; they are not downloaded here")
-        from detoxify import Detoxify
-
-        model = Detoxify(checkpoint=checkpoint)
-        return lambda texts: [float(p) for k in range(0, len(texts), 64) for p in model.predict(texts[k : k + 64])["toxicity"]], found
+        analyzer = SentimentIntensityAnalyzer()
+        return lambda texts: [analyzer.polarity_scores(text)["compound"] for text in texts], found
     except (PackageNotFoundError, ImportError):
         utils.die(3, f"the scorer {name} is not installed", f"pip install {name}=={package[name]}")
+
+
+def load_detoxify(checkpoint: str | None, batch_size: int = 64) -> tuple[Callable[[list[str]], list[float]], str]:
+    """Probability of the label toxic (or toxicity) by a detoxify classifier, and the fingerprint of its weights.
+
+    checkpoint: its folder or hub id, such as unitary/toxic-bert ("original") or unitary/unbiased-toxic-roberta, as
+    safetensors; the .ckpt files of the package are pickles, and are not read.
+    """
+    if not checkpoint or Path(checkpoint).is_file():
+        utils.die(2, f"--detoxify_checkpoint {checkpoint} is no model folder", "a folder or hub id with safetensors, such as unitary/toxic-bert")
+    folder = utils.model_dir(checkpoint)
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    utils.quiet()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
+    places = [i for i, label in model.config.id2label.items() if label in ("toxic", "toxicity")]
+    if not places:
+        utils.die(2, f"--detoxify_checkpoint {checkpoint} has no label toxic", f"its labels: {', '.join(model.config.id2label.values())}")
+
+    @torch.no_grad()
+    def score(texts: list[str]) -> list[float]:
+        found: list[float] = []
+        for k in range(0, len(texts), batch_size):
+            batch = tokenizer(texts[k : k + batch_size], return_tensors="pt", truncation=True, padding=True)
+            found += model(**batch).logits[:, places[0]].sigmoid().tolist()
+        return found
+
+    return score, str(utils.base_fingerprint(folder))
 
 
 def has_letters(text: str) -> bool:
@@ -232,8 +258,6 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
 
     total = sum(reply.tokens for reply in replies)
     nll = sum(reply.nll for reply in replies)
-    import math
-
     return {
         "replies": len(replies), "unscored": len(replies) - len(scored),
         "mean_score": {name: interval_of([r.scores[name] for r in scored]) for name in schema},

@@ -207,7 +207,7 @@ def build_parser(method: str | None) -> FlagParser:
                         help="what is scored (default: toxicity sentiment)")
     parser.add_argument("--threshold", nargs="+", default=[], metavar="NAME=T[,T]",
                         help="where the values part: numbers, or quantiles such as toxicity=q0.9 (default: see attributes.py)")
-    parser.add_argument("--detoxify_checkpoint", metavar="FILE", help="score toxicity by detoxify with these weights")
+    parser.add_argument("--detoxify_checkpoint", metavar="MODEL", help="score toxicity by this detoxify folder or hub id")
     parser.add_argument("--min_words", type=int, default=4, help="words of a text at least (default: %(default)s; published: 10)")
     parser.add_argument("--max_words", type=int, default=30, help="words of a text at most (default: %(default)s)")
     parser.add_argument("--drop_rate", type=float, default=0.01, help="share of training texts without tokens (default: %(default)s)")

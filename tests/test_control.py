@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DIALOGUES, make_model, make_tokenizer, write_jsonl
+from conftest import DIALOGUES, ROOT, make_model, make_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ import train
 import trees
 import utils
 from data import build_control
+from flags import parse_flags
 from methods import control
 
 evaluation = importlib.import_module("eval")
@@ -167,6 +168,27 @@ def test_a_scorer_that_is_not_installed_is_named_with_its_command(monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         attributes.load_scorer("vaderSentiment")
     assert stop.value.code == 3 and "pip install vaderSentiment==3.3.2" in capsys.readouterr().err
+
+
+def test_detoxify_scores_are_the_sigmoid_of_its_label_and_pickles_are_refused(tmp_path, capsys):
+    """A tiny random classifier with three labels; toxic is the second."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = make_tokenizer("bytelevel")
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        id2label={0: "insult", 1: "toxic", 2: "threat"}, label2id={"insult": 0, "toxic": 1, "threat": 2})).eval()
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    score, version = attributes.load_scorer("detoxify", str(tmp_path / "m"))
+    texts = ["I know.", "The bus leaves at nine, says the man."]
+    with torch.no_grad():
+        wanted = [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 1].sigmoid().item() for text in texts]
+    assert score(texts) == pytest.approx(wanted, abs=1e-5) and version == utils.base_fingerprint(str(tmp_path / "m"))
+    (tmp_path / "toxic.ckpt").touch()
+    assert refused(lambda flags: attributes.load_scorer("detoxify", *flags), tmp_path / "toxic.ckpt") == 2
+    assert "no model folder" in capsys.readouterr().err
 
 
 # ---- tokens -------------------------------------------------------------------------------------
@@ -472,6 +494,13 @@ def test_bad_training_rows_are_named_with_file_and_line(in_folder, capsys):
     flags[3] = "data/train.jsonl"
     assert refused(train.main, *flags, "--attributes", "beauty") == 2 and "does not know the attribute 'beauty'" in capsys.readouterr().err
     assert refused(train.main, *flags, "--manifest", "docs.jsonl") == 2 and "is no manifest" in capsys.readouterr().err
+
+
+def test_configs_are_resolved_without_error():
+    for path in sorted((ROOT / "configs" / "control").glob("*.yaml")):
+        args = parse_flags(train.build_parser, ["--config", str(path)])
+        train.check_flags(args)
+        assert args.attributes == ["toxicity", "sentiment"] and args.from_scratch == path.stem.startswith("gpt2")
 
 
 # ---- figures ------------------------------------------------------------------------------------
