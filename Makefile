@@ -1,5 +1,6 @@
 # make demo   everything on the embedded model, from set-up to the result table (15 minutes on 2 cores)
 # make test   set-up and all tests (12 minutes)
+# make control  method control on the embedded model: four models x nine conditions, one table (an hour)
 # make lint   ruff
 # make clean  what demo and test have made
 
@@ -10,7 +11,7 @@ READY := $(VENV)/.installed
 ADAPTER := checkpoints/demo_peft/check_200
 DRAW := --test_file data/test_dialogs.jsonl --limit 40 --num_response_per_input 5 --decoding sampling --temperature 0.75
 
-.PHONY: demo test lint clean
+.PHONY: demo test control lint clean
 
 demo: eval_logs/demo.json
 	@$(RUN) eval.py --show eval_logs/demo.json
@@ -19,11 +20,32 @@ demo: eval_logs/demo.json
 test: $(READY)
 	$(RUN) -m pytest
 
+ATTRIBUTES_none := none
+ATTRIBUTES_tox := toxicity
+ATTRIBUTES_sen := sentiment
+ATTRIBUTES_toxsen := toxicity sentiment
+
+control: eval_logs/control.json
+	@$(RUN) eval.py --show eval_logs/control.json
+
+data/control/manifest.json: | $(READY)
+	$(RUN) data/build_control.py --input chitchat --threshold toxicity=0.35 --balance --drop_rate 0.1 --limit 6400
+
+outs/.control_%: data/control/manifest.json
+	$(RUN) train.py --config configs/control/smollm2_toxsen.yaml --exp_name control_$* --resume \
+	  --attributes $(ATTRIBUTES_$*)
+	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_240 --sweep toxicity sentiment=neg,pos \
+	  --untrained --test_file data/control/prompts.jsonl --limit 300 --batch_size 16 --top_p 0.9 --save_file outs/control_$*.jsonl --resume
+	@touch $@
+
+eval_logs/control.json: outs/.control_none outs/.control_tox outs/.control_sen outs/.control_toxsen
+	$(RUN) eval.py --eval_file outs/control_none.jsonl outs/control_tox.jsonl outs/control_sen.jsonl outs/control_toxsen.jsonl --save_file $@ >/dev/null
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf $(VENV) checkpoints outs/demo_* outs/.demo_* eval_logs/demo.*
+	rm -rf $(VENV) checkpoints outs/demo_* outs/.demo_* outs/control_* outs/.control_* eval_logs/demo.* eval_logs/control.*
 
 $(READY): requirements.txt requirements-models.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

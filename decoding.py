@@ -97,20 +97,36 @@ def greedy(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: i
 
 def complete(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int,
              logits_processor: LogitsProcessorList | None = None) -> list[list[list[int]]]:
-    """Grow all branches by the token with the highest processed logit, until each has ended."""
-    branches = Branches(model, trees, pad_id)
+    """Grow all branches by the token with the highest processed logit, until each has ended.
+
+    Twins are further rows of the same batch, fed with the same tokens.
+    """
+    twins = [tree.twin for tree in trees if tree.twin]
+    assert len(twins) in (0, len(trees)), "either all trees have a twin or none"
+    branches = Branches(model, trees + twins, pad_id)
     rows, n = len(trees), branches.num_branches
     tokens = torch.empty((rows * n, 0), dtype=torch.long, device=branches.logits.device)
     ended = torch.zeros(rows * n, dtype=torch.bool, device=tokens.device)
     while tokens.shape[1] < max_new_tokens and not ended.all():
         if tokens.shape[1]:
-            branches.feed(tokens[:, -1].view(rows, n))
-        scores = branches.logits.flatten(0, 1)
+            branches.feed(tokens[:, -1].view(rows, n).repeat(len(branches.logits) // rows, 1))
+        scores = guide(branches.logits, [tree.guidance for tree in trees]) if twins else branches.logits
+        scores = scores.flatten(0, 1)
         if logits_processor:
             scores = logits_processor(tokens, scores)
         tokens = torch.cat([tokens, scores.argmax(-1).masked_fill(ended, pad_id)[:, None]], dim=1)
         ended |= tokens[:, -1] == eos_id
     return cut_at_end(tokens, eos_id, rows)
+
+
+def guide(logits: Tensor, guidance: list[float]) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598) on next-token logits.
+
+    logits (2 x rows, N, V): of the conditioned rows, then of their unconditioned twins. Returns (rows, N, V),
+    z_un + g (z_c - z_un), with one g per row: 1 is the condition alone, 0 none of it.
+    """
+    conditioned, plain = logits.chunk(2)
+    return plain + torch.tensor(guidance, device=logits.device)[:, None, None] * (conditioned - plain)
 
 
 def cut_at_end(tokens: Tensor, eos_id: int, num_rows: int) -> list[list[list[int]]]:

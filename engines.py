@@ -78,7 +78,7 @@ class Local:
         return [replies for part, own in halves for replies in self.draw(how, part, own, max_new_tokens, **options)]
 
     def count_prefill(self, forest: list, options: dict) -> None:
-        for tree in forest:
+        for tree in [*forest, *(tree.twin for tree in forest if tree.twin)]:
             ends = [len(child.input_ids) for child in tree.root.children]
             sequences = max(len(ends), options.get("num_beams", 1))
             self.prefilled["shared"] += len(tree.root.input_ids) + sum(ends) * sequences // len(ends)

@@ -132,6 +132,8 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
         preds = row.get("preds")
         if not isinstance(preds, list) or not all(isinstance(p, str) for p in preds):
             return 'needs "preds", a list of strings; infer.py writes them'
+        if row.get("prompt") == "" and own_evaluation({file: [row]}):
+            return None  # replies to no prompt
         return utils.check_row(row, candidates=False)
 
     systems: dict[str, list[dict]] = {}

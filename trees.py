@@ -43,10 +43,15 @@ class Segment:
 
 @dataclass
 class Tree:
-    """What one data row teaches or asks: the root segment, and how many turns did not fit."""
+    """What one data row teaches or asks: the root segment, and how many turns did not fit.
+
+    twin: the same branches without what they are asked for; the next token's logits are twin + guidance * (own - twin).
+    """
 
     root: Segment
     dropped_turns: int = 0
+    twin: Tree | None = None
+    guidance: float = 1.0
 
 
 def walk(segment: Segment, above: tuple[Segment, ...] = ()) -> Iterator[tuple[Segment, ...]]:

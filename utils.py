@@ -277,8 +277,8 @@ def sha256(data: bytes | str) -> str:
 
 
 def row_hash(row: dict) -> str:
-    """12 hex digits of a row's normalised context or prompt, to find train rows among test rows."""
-    return sha256(normalise(row.get("context", row.get("prompt", ""))))[:12]
+    """12 hex digits of a row's normalised context, prompt or text, to find train rows among test rows."""
+    return sha256(normalise(next((row[key] for key in ("context", "prompt", "text") if key in row), "")))[:12]
 
 
 def row_seed(seed: int, index: int, turn: int = 0) -> int:
@@ -605,6 +605,30 @@ def add_lora_args(group) -> None:
                        help="module names, or all-linear (default: q v for Llama, else q k v lm_head)")
 
 
+def fit_embeddings(model, tokenizer) -> None:
+    """Give tokens that a tokenizer has and its model has not rows at the mean of the old ones, the same at every call."""
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= old:
+        return
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    means = [layer.weight.detach().double().mean(0) for layer in layers]  # so that it does not depend on the number of threads
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for layer, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=False):
+            layer.weight[old:] = mean.to(layer.weight)
+
+
+def ban_tokens(model, token_ids: list[int]) -> None:
+    """Make a model never say these tokens, whatever decodes it: their logits are -1e9, also where guidance adds them up."""
+
+    def lower(module, inputs, output):
+        output.logits[..., token_ids] = -1e9
+
+    model.register_forward_hook(lower)
+
+
 def add_lora(model, tokenizer, args, **more):
     """Wrap a model in a LoRA adapter, the only trainable part; unset flags take the family's defaults.
 
@@ -653,8 +677,7 @@ def grow_embeddings(model, tokenizer, settings: dict) -> None:
 
     ids = tokenizer.convert_tokens_to_ids(settings["new_tokens"])
     old = min(ids)  # rows from here on are new, or spare
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    fit_embeddings(model, tokenizer)
     weights = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
     with torch.no_grad():
         for weight in weights.values():
@@ -688,9 +711,10 @@ def seal(staging: Path, final: Path) -> None:
 def finish_adapter(folder: Path, tokenizer, run: dict) -> None:
     """Add to a saved adapter its tokenizer, run.json, and the base's name instead of a machine's path."""
     path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = run["base_model"]
-    atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
+    if path.exists():  # else a whole model was trained
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = run["base_model"]
+        atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
     tokenizer.save_pretrained(folder)
     atomic_write(folder / "run.json", json.dumps(run, indent=1))
 
@@ -778,6 +802,7 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
 
         tokenizer = load_tokenizer(str(folder))
         model = load_model(base)
+        fit_embeddings(model, tokenizer)
         if saved["args"].get("new_tokens"):
             grow_embeddings(model, tokenizer, saved["args"])
         model = PeftModel.from_pretrained(model, folder)
@@ -785,12 +810,21 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
             if isinstance(layer, TrainableTokensLayer):
                 layer.merge()
         saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
+    elif (folder / "run.json").is_file():  # trained from scratch: a whole model, no adapter
+        missing = missing_files(folder)
+        if missing:
+            die(2, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        saved["weights"] = base_fingerprint(str(folder))
+        tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
     else:
         base = model_dir(name)
         fingerprint = base_fingerprint(base)
         saved = {"method": "base", "base_model": name, "base_sha256": fingerprint, "weights": fingerprint, "args": {}}
         tokenizer = load_tokenizer(base, chat_template)
         model = load_model(base)
+    if banned := saved["args"].get("banned_ids"):
+        ban_tokens(model.get_base_model() if (folder / "adapter_config.json").exists() else model, banned)
     return model.eval(), tokenizer, saved
 
 

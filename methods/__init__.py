@@ -12,9 +12,14 @@ METHODS = {
     "base": "possibility",
     "diffuse": "diffuse",
     "delia": "delia",
+    "control": "control",
 }
-OWN_INFERENCE = ("diffuse", "delia")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
-OWN_EVALUATION = {"targets": "distributions", "asks_format": "instructions"}  # a field of every row, and the module with figures for such rows
+OWN_INFERENCE = ("diffuse", "delia", "control")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
+OWN_EVALUATION = {  # a field of every row, and the module with figures for such rows
+    "targets": "distributions",
+    "asks_format": "instructions",
+    "wants": "attributes",
+}
 
 
 def load_method(name: str):
