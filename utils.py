@@ -732,8 +732,12 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
                 "load the base it was trained on, or pass --force_base")
         from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
 
+        from methods import OWN_ADAPTER, load_method
+
+        own = saved["method"] in OWN_ADAPTER
+        load_adapter = load_method(saved["method"]).load_adapter if own else PeftModel.from_pretrained
         tokenizer = load_tokenizer(str(folder))
-        model = PeftModel.from_pretrained(load_model(base), folder)
+        model = load_adapter(load_model(base), folder)
         saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
     else:
         base = model_dir(name)

@@ -11,9 +11,12 @@ METHODS = {
     "oto": "possibility",
     "base": "possibility",
     "diffuse": "diffuse",
+    "spt": "spt",
 }
-OWN_INFERENCE = ("diffuse",)  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
-OWN_EVALUATION = {"targets": "distributions"}  # a field of every row, and the module with figures for such rows
+OWN_INFERENCE = ("diffuse", "spt")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
+OWN_EVALUATION = {"targets": "distributions", "persona": "grounding"}  # a field of every row, and the module with figures for such rows
+OWN_ADAPTER = ("spt",)  # methods whose checkpoints hold no PEFT adapter: save_adapter, load_adapter, restore_adapter
+OWN_PLAN = ("spt",)  # methods that answer rows in a way of their own in infer.py
 
 
 def load_method(name: str):
