@@ -244,8 +244,8 @@ def add_infer_args(parser) -> None:
     group = parser.add_argument_group("method spt")
     for name in ("test_file", "save_file"):
         next(a for a in parser._actions if a.dest == name).required = False
-    group.set_defaults(num_response_per_input=None, max_new_tokens=32, prompts="chosen")
-    group.add_argument("--prompts", choices=PROMPTS, help="chosen: the retriever's best (default); all: one reply under each; "
+    group.set_defaults(num_response_per_input=1, max_new_tokens=32, prompts="chosen")
+    group.add_argument("--prompts", choices=PROMPTS, help="chosen: the retriever's best (default); all: --num_response_per_input replies (1) under each; "
                        "sampled: a prompt drawn for every reply; fused: the mixture of all")
     group.add_argument("--prompt_id", type=int, metavar="K", help="reply under soft prompt K, from 1, whatever the retriever says")
     group.add_argument("--selection_noise", type=float, default=0.0, help="noise on the scores before choosing (default: 0)")
@@ -264,10 +264,6 @@ def inference_rows(args) -> list[dict]:
         utils.die(2, f"--decoding {args.decoding} does not work with --prompts {args.prompts}", "--decoding sampling or greedy")
     if args.overgenerate:
         utils.die(2, "--overgenerate does not work with method spt", "draw all of them with --num_response_per_input")
-    if args.num_response_per_input is None and args.prompts != "all":
-        args.num_response_per_input = 1
-        args.num_drawn = args.num_branches = 1
-        args.num_beams = args.num_beams or 1
     if args.interactive:
         import chat
 
@@ -305,10 +301,7 @@ def settle(config: dict, args) -> None:
     if args.prompt_id is not None and not 1 <= args.prompt_id <= count:
         utils.die(2, f"--prompt_id {args.prompt_id}: the checkpoint has prompts 1 to {count}")
     if args.prompts == "all":
-        args.num_response_per_input = args.num_response_per_input or count
-        if args.num_response_per_input % count:
-            utils.die(2, f"--prompts all with {count} prompts and --num_response_per_input {args.num_response_per_input}",
-                      f"draw a multiple of {count}, or leave the flag out")
+        args.num_response_per_input *= count
         args.num_drawn, args.num_branches = args.num_response_per_input, count
     if args.prompts == "fused":
         args.num_branches = count
