@@ -73,7 +73,15 @@ def sample(model, trees: list[Tree], seeds: list[int], pad_id: int, eos_id: int,
 
     temperature > 0; top_p and typical_p in (0, 1], 1 is off; top_k = 0, top_n_sigma = 0 and min_p = 0 are off.
     """
+    processors = warpers(temperature, top_p, top_k, min_p, typical_p, top_n_sigma)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    processors.append(GumbelNoise(generators, len(trees[0].root.children)))
+    return complete(model, trees, pad_id, eos_id, max_new_tokens, logits_processor=processors)
+
+
+def warpers(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, typical_p: float = 1.0,
+            top_n_sigma: float = 0.0) -> LogitsProcessorList:
+    """The filters of sampling, in the library's order."""
     processors = LogitsProcessorList()
     if top_n_sigma:
         processors.append(TopNSigma(top_n_sigma))
@@ -86,13 +94,53 @@ def sample(model, trees: list[Tree], seeds: list[int], pad_id: int, eos_id: int,
         processors.append(MinPLogitsWarper(min_p))
     if typical_p < 1.0:
         processors.append(TypicalLogitsWarper(typical_p))
-    processors.append(GumbelNoise(generators, len(trees[0].root.children)))
-    return complete(model, trees, pad_id, eos_id, max_new_tokens, logits_processor=processors)
+    return processors
 
 
 def greedy(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int) -> list[list[list[int]]]:
     """The most probable token at every step, one response per branch; equal branches give equal responses."""
     return complete(model, trees, pad_id, eos_id, max_new_tokens)
+
+
+class Fusion(LogitsProcessor):
+    """Makes the branches of a row one voice: their logits are mixed, and each branch gets the mixture.
+
+    weights (rows, N); kind probs: log of the weighted mean of probabilities; else the weighted sum of logits.
+    """
+
+    def __init__(self, weights: Tensor, kind: str):
+        self.weights, self.kind = weights, kind
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
+        rows = scores.view(*self.weights.shape, -1)
+        weights = self.weights[..., None].to(scores.device)
+        if self.kind == "probs":
+            mixed = (rows.log_softmax(-1) + weights.log()).logsumexp(1)
+        else:
+            mixed = (weights * rows).sum(1)
+        return mixed.repeat_interleave(rows.shape[1], 0)
+
+
+def fused_greedy(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int) -> list[list[list[int]]]:
+    """One response per tree, each token the most probable one in the mixture of its branches.
+
+    A tree's note holds the `weights` (N,) and the `kind` of its mixture.
+    """
+    return [own[:1] for own in complete(model, trees, pad_id, eos_id, max_new_tokens, LogitsProcessorList([fusion_of(trees)]))]
+
+
+def fused_sample(model, trees: list[Tree], seeds: list[int], pad_id: int, eos_id: int, max_new_tokens: int,
+                 **filters) -> list[list[list[int]]]:
+    """One response per tree, drawn from the mixture of its branches, which all take the same token."""
+    generators, n = [torch.Generator().manual_seed(seed) for seed in seeds], len(trees[0].root.children)
+    one_draw = GumbelNoise(generators, 1)
+    processors = LogitsProcessorList([fusion_of(trees), *warpers(**filters)])
+    processors.append(lambda ids, scores: one_draw(ids, scores[::n]).repeat_interleave(n, 0))
+    return [own[:1] for own in complete(model, trees, pad_id, eos_id, max_new_tokens, processors)]
+
+
+def fusion_of(trees: list[Tree]) -> Fusion:
+    return Fusion(torch.stack([tree.note["weights"] for tree in trees]), trees[0].note["kind"])
 
 
 def complete(model, trees: list[Tree], pad_id: int, eos_id: int, max_new_tokens: int,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import utils
 from flags import FlagParser, parse_flags
-from methods import METHODS, OWN_INFERENCE, load_method
+from methods import METHODS, OWN_INFERENCE, OWN_PLAN, load_method
 
 FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0}  # off
 BY_TREE = ("sampling", "greedy", "beam", "diverse")
@@ -33,7 +33,8 @@ OWN_FLAGS = {  # flag: its default, and the decodings that know it
 }
 SETTINGS = ("model_name_or_path", "method", "engine", "base_url", "served_model", "decoding", "num_response_per_input",
             "temperature", *OWN_FLAGS, "overgenerate", "select", "floor", "max_new_tokens", "max_input_length",
-            "max_length", "batch_size", "seed", "limit", "chat_template", "mode", "n_batch_size")
+            "max_length", "batch_size", "seed", "limit", "chat_template", "mode", "n_batch_size", "prompts", "prompt_id",
+            "selection_noise")
 
 
 def build_parser(method: str | None) -> FlagParser:
@@ -85,7 +86,7 @@ def build_parser(method: str | None) -> FlagParser:
     group.add_argument("--resume", action="store_true", help="go on with a --save_file that was interrupted")
     group.add_argument("--force_base", action="store_true", help="use an adapter on another base than its own")
     group.add_argument("--strict_split", action="store_true", help="refuse test rows that were trained on")
-    parser.set_defaults(mode=None, n_batch_size=None, self_sample=False)
+    parser.set_defaults(mode=None, n_batch_size=None, self_sample=False, prompts=None, prompt_id=None, selection_noise=None)
     if method in OWN_INFERENCE:
         load_method(method).add_infer_args(parser)
     return parser
@@ -261,6 +262,8 @@ def plan(engine, rows: list[dict], args):
 
     answer(block) gives for each of its rows a dict: texts, tokens, cut and failed; asked and parsed for answers in words.
     """
+    if args.method in OWN_PLAN:
+        return load_method(args.method).plan(engine, rows, args)
     if args.engine == "hf":
         utils.refuse_special_tokens([{k: row[k] for k in ("context", "prompt", "messages") if k in row} for row in rows],
                                     engine.tokenizer, args.test_file, args.new_tokens)

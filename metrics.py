@@ -406,3 +406,55 @@ def chi_square(counts: Sequence[int], weights: Sequence[float], rounds: int = 10
     as_far = ((simulated - expected) ** 2 / expected).sum(1) >= statistic * (1 - 1e-12)
     return {"chi_square": statistic, "dof": len(counts) - 1, "p_value": float((1 + as_far.sum()) / (1 + rounds)),
             "least_expected": float(expected.min())}
+
+
+# ---- replies with a reference, and rows that belong together ------------------------------------
+
+
+def cluster_interval(values: Sequence[float], groups: Sequence[str], rounds: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean and 95 % percentile bootstrap interval where whole groups of values are drawn: (mean, low, high).
+
+    Rows of one person are not independent: their interval over rows would be too narrow.
+    """
+    values = np.asarray(values, dtype=float)
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    sums, sizes = np.bincount(member, values), np.bincount(member)
+    draws = np.random.default_rng(seed).integers(0, len(names), (rounds, len(names)))
+    low, high = np.percentile(sums[draws].sum(1) / sizes[draws].sum(1), [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
+def token_f1(text: str, reference: str) -> float:
+    """F1 of the bags of whitespace tokens, case and punctuation kept, in [0, 1]; 0 without overlap, as published."""
+    from collections import Counter
+
+    a, b = text.split(), reference.split()
+    common = sum((Counter(a) & Counter(b)).values())
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+def plain_distinct(texts: Sequence[str], n: int) -> float | None:
+    """Distinct over all n-grams of tokens between single spaces, punctuation attached; an empty text is one token, as published."""
+    found = [tuple(t[i : i + n]) for t in (text.strip().split(" ") for text in texts) for i in range(len(t) - n + 1)]
+    return len(set(found)) / len(found) if found else None
+
+
+def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    """(sacrebleu's corpus BLEU, 0 to 100, its signature), one reference each."""
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU()
+    return float(bleu.corpus_score(list(texts), [list(references)]).score), str(bleu.get_signature())
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text without stop words (scikit-learn's list), clitics and punctuation."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return {w for w in words(text) if w not in ENGLISH_STOP_WORDS and any(c.isalnum() for c in w) and not w.startswith("'") and w != "n't"}
+
+
+def persona_overlap(text: str, persona: Sequence[str]) -> float | None:
+    """Share of a text's content words that its persona has, too; None without content words or without persona."""
+    own, about = content_words(text), content_words(" ".join(persona))
+    return len(own & about) / len(own) if own and about else None

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import utils
 from flags import FlagParser, parse_flags
-from methods import METHODS, OWN_INFERENCE, load_method
+from methods import METHODS, OWN_ADAPTER, OWN_INFERENCE, load_method
 
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha", "lora_target_modules")
 
@@ -377,8 +377,17 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 self.diverged("a weight is not finite")
             if not self.args.should_save:  # Trainer calls this in every process
                 return
-            self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
+            if args.method in OWN_ADAPTER:
+                method.save_adapter(self.model, output_dir)
+            else:
+                self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
             utils.finish_adapter(Path(output_dir), tokenizer, run)
+
+        def _load_from_checkpoint(self, checkpoint, model=None):
+            if args.method in OWN_ADAPTER:
+                method.restore_adapter(self.model, checkpoint)
+            else:
+                super()._load_from_checkpoint(checkpoint, model)
 
         def _save_checkpoint(self, model, trial):
             """Let Trainer write into the staging folder, then rename it to check_N when it is whole."""

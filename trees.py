@@ -43,15 +43,18 @@ class Segment:
 
 @dataclass
 class Tree:
-    """What one data row teaches or asks: the root segment, and how many turns did not fit.
+    """What one data row teaches or asks: the root segment, how many turns did not fit, and what else is to be known.
 
+    A root without tokens makes its children trees of their own that belong to one row.
     twin: the same branches without what they are asked for; the next token's logits are twin + guidance * (own - twin).
+    note: whatever a method's loss or decoding wants to know of the row.
     """
 
     root: Segment
     dropped_turns: int = 0
     twin: Tree | None = None
     guidance: float = 1.0
+    note: object = None
 
 
 def walk(segment: Segment, above: tuple[Segment, ...] = ()) -> Iterator[tuple[Segment, ...]]:
@@ -135,7 +138,7 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
     Returns input_ids, position_ids (1, T); parent, last (T,), parent -1 at a tree's first token; and
     for the scored tokens: token, role, branch, row (S,) integers and weight (S,), where `token` is
     the index in the packed row, `branch` the label of the segment and `row` the index of the tree.
-    num_rows is the number of trees.
+    num_rows is the number of trees, notes are theirs.
     """
     trees = list(trees)
     input_ids, position, parent, last = [], [], [], []
@@ -159,7 +162,7 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
             last[i] = len(input_ids) - 1
 
     for row, tree in enumerate(trees):
-        assert tree.root.input_ids and tree.root.role == CONTEXT, "a tree starts with its context"
+        assert tree.root.role == CONTEXT, "a tree starts with its context"
         lay(tree.root, -1, 0, row)
     token, role, weight, branch, row = zip(*scored, strict=True) if scored else ((),) * 5
     return {
@@ -173,6 +176,7 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
         "branch": torch.tensor(branch, dtype=torch.long),
         "row": torch.tensor(row, dtype=torch.long),
         "num_rows": len(trees),
+        "notes": [tree.note for tree in trees],
     }
 
 
@@ -242,6 +246,13 @@ def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -
     are asked of the model (`logits_to_keep`), through its ordinary forward: wrappers such as DDP,
     FSDP and PEFT stay intact. The full (T, V) logits are never built.
     """
+    logits, place = score_logits(model, batch, implementation)
+    targets = batch["input_ids"][0, batch["token"]]
+    return logits[place, targets] - logits.logsumexp(-1)[place]
+
+
+def score_logits(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -> tuple[Tensor, Tensor]:
+    """The logits (P, V), float32, that predict a packed batch's scored tokens, and the place (S,) of each token's logits."""
     parents = batch["parent"][batch["token"]]
     positions, place = torch.unique(parents, return_inverse=True)  # (P,), (S,)
     if not len(positions):  # nothing to score; keep the graph, so that DDP sees every parameter
@@ -253,8 +264,7 @@ def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -
         logits_to_keep=positions,
         use_cache=False,
     ).logits[0].float()  # (P, V)
-    targets = batch["input_ids"][0, batch["token"]]
-    return logits[place, targets] - logits.logsumexp(-1)[place]
+    return logits, place
 
 
 def score_in_parts(model, batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int,
@@ -350,9 +360,11 @@ class Branches:
         ends = [child.input_ids for tree in trees for child in tree.root.children]
         end_ids, end_mask = left_pad(ends, pad_id, model.device)  # (rows x N, E)
         width = end_ids.shape[1]
-        self.cache = model(
-            input_ids=context_ids, attention_mask=context_mask, position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=DynamicCache(), logits_to_keep=1, use_cache=True).past_key_values
+        self.cache = DynamicCache()
+        if context_ids.shape[1]:  # roots without tokens leave nothing to share
+            self.cache = model(
+                input_ids=context_ids, attention_mask=context_mask, position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=self.cache, logits_to_keep=1, use_cache=True).past_key_values
         self.owner = torch.where(context_mask.bool(), self.CONTEXT, self.NOBODY)  # (rows, cached tokens)
         self.branch = torch.arange(self.num_branches, device=model.device)
         lengths = context_mask.sum(-1, keepdim=True)  # (rows, 1)
@@ -413,6 +425,6 @@ def prefill(model, trees: list[Tree], pad_id: int, copies: int = 1) -> tuple[Ten
 def left_pad(rows: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
     """Token rows of different lengths as (B, L) input_ids and attention_mask, padded on the left."""
     length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows], dtype=torch.long, device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=device)
     return ids, mask

@@ -800,12 +800,16 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
         from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
         from peft.tuners.trainable_tokens import TrainableTokensLayer
 
+        from methods import OWN_ADAPTER, load_method
+
+        own = saved["method"] in OWN_ADAPTER
+        load_adapter = load_method(saved["method"]).load_adapter if own else PeftModel.from_pretrained
         tokenizer = load_tokenizer(str(folder))
         model = load_model(base)
         fit_embeddings(model, tokenizer)
         if saved["args"].get("new_tokens"):
             grow_embeddings(model, tokenizer, saved["args"])
-        model = PeftModel.from_pretrained(model, folder)
+        model = load_adapter(model, folder)
         for layer in model.modules():  # written into the matrix once, else it is copied at every step
             if isinstance(layer, TrainableTokensLayer):
                 layer.merge()

@@ -11,15 +11,19 @@ METHODS = {
     "oto": "possibility",
     "base": "possibility",
     "diffuse": "diffuse",
+    "spt": "spt",
     "delia": "delia",
     "control": "control",
 }
-OWN_INFERENCE = ("diffuse", "delia", "control")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
+OWN_INFERENCE = ("diffuse", "spt", "delia", "control")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
 OWN_EVALUATION = {  # a field of every row, and the module with figures for such rows
     "targets": "distributions",
+    "persona": "grounding",
     "asks_format": "instructions",
     "wants": "attributes",
 }
+OWN_ADAPTER = ("spt",)  # methods whose checkpoints hold no PEFT adapter: save_adapter, load_adapter, restore_adapter
+OWN_PLAN = ("spt",)  # methods that answer rows in a way of their own in infer.py
 
 
 def load_method(name: str):

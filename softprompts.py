@@ -1,0 +1,206 @@
+"""Soft prompts over a frozen model, the retriever that chooses among them, and the losses of both.
+
+A soft prompt is V rows in the model's embedding space. `SoftPrompts` takes the place of the input embedding: an id
+below FIRST_VIRTUAL is a word, id FIRST_VIRTUAL + k * V + j is row j of soft prompt k. So prompt trees, packing,
+scoring and decoding know nothing of soft prompts, one batch may mix them, and no copy of the model is needed.
+The output layer keeps the original matrix, also where it is tied: a virtual id is never generated.
+
+Shapes: B rows, K prompts, V rows a prompt, d embedding size, N response tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FIRST_VIRTUAL = 1 << 24  # no vocabulary is that large
+KIND = "SELECTIVE_PROMPT_TUNING"
+
+
+def virtual_ids(prompt: int, length: int) -> list[int]:
+    """The token ids of soft prompt number `prompt`, counted from 0."""
+    return list(range(FIRST_VIRTUAL + prompt * length, FIRST_VIRTUAL + (prompt + 1) * length))
+
+
+class SoftPrompts(nn.Module):
+    """An input embedding with K soft prompts beside its words, and their retriever.
+
+    config: num_prompts, prompt_length, prompt_init (normal or vocab), retriever (linear or transformer), shared_head,
+    tau_sim, fusion and max_context_turns, saved with the weights.
+    """
+
+    def __init__(self, words: nn.Module, config: dict):
+        super().__init__()
+        self.words, self.config = words, config
+        count, length, (size, dim) = config["num_prompts"], config["prompt_length"], words.weight.shape
+        if config["prompt_init"] == "vocab":  # rows of random words (Lester et al., arXiv:2104.08691)
+            start = words.weight.detach()[torch.randint(size, (count, length), device=words.weight.device)].float()
+        else:
+            start = torch.randn(count, length, dim, device=words.weight.device)
+        self.prompts = nn.Parameter(start.clone())
+        self.retriever = Retriever(dim, config["retriever"], config["shared_head"]).to(start.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The words' matrix, for whoever asks an embedding for it."""
+        return self.words.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        virtual = input_ids >= FIRST_VIRTUAL
+        words = self.words(input_ids.masked_fill(virtual, 0))
+        rows = F.embedding((input_ids - FIRST_VIRTUAL).clamp(min=0), self.prompts.flatten(0, 1))
+        return torch.where(virtual[..., None], rows.to(words.dtype), words)
+
+    def scores(self, contexts: list[list[int]]) -> Tensor:
+        """How well every prompt suits every context, (B, K) in [0, 1]; contexts are token ids of any length."""
+        length, device = max(map(len, contexts)), self.prompts.device
+        ids = torch.tensor([c + [0] * (length - len(c)) for c in contexts], device=device)
+        mask = torch.tensor([[True] * len(c) + [False] * (length - len(c)) for c in contexts], device=device)
+        with torch.no_grad():
+            words = self.words(ids).float()
+        return self.retriever(self.prompts, words, mask)
+
+    def choice(self, scores: Tensor) -> Tensor:
+        """log h (B, K): the probability that the retriever gives every prompt."""
+        return (scores / self.config["tau_sim"]).log_softmax(-1)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What is trained: the prompts and the retriever."""
+        return {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items() if not name.startswith("words.")}
+
+
+class Retriever(nn.Module):
+    """Scores s = softplus_10(cos(head(prompt), head(context))), as published: 0.07 at cosine 0, the identity above 0.1.
+
+    linear: the masked mean of the rows, then the head; transformer: two encoder layers of four heads, then the mean.
+    Rows are normalised first (layer norm without weights), since prompts and words differ in size.
+    """
+
+    def __init__(self, dim: int, kind: str = "linear", shared_head: bool = True):
+        super().__init__()
+        self.encoder = None
+        if kind == "transformer":
+            layer = nn.TransformerEncoderLayer(dim, 4, 2 * dim, dropout=0.0, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(dim, dim)
+        self.prompt_head = None if shared_head else nn.Linear(dim, dim)
+
+    def pool(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, d) and (B, T) -> (B, d): the mean over what the mask keeps."""
+        if self.encoder is not None:
+            rows = self.encoder(F.layer_norm(rows, rows.shape[-1:]), src_key_padding_mask=~mask)
+        mean = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.layer_norm(mean, mean.shape[-1:])
+
+    def forward(self, prompts: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        whole = torch.ones(prompts.shape[:2], dtype=torch.bool, device=prompts.device)
+        p = (self.prompt_head or self.head)(self.pool(prompts, whole))  # (K, d)
+        q = self.head(self.pool(words, mask))  # (B, d)
+        cosine = F.cosine_similarity(q[:, None], p[None], dim=-1)
+        return F.softplus(cosine, beta=10, threshold=1)
+
+
+def attach(model, config: dict, state: dict[str, Tensor] | None = None):
+    """Freeze a model and give it soft prompts, new ones or those of a saved state; the model is changed in place."""
+    model.requires_grad_(False)
+    soft = SoftPrompts(model.get_input_embeddings(), config)
+    if state is not None:
+        missing, unknown = soft.load_state_dict(state, strict=False)
+        assert not unknown and all(name.startswith("words.") for name in missing), f"not soft prompts: {unknown} {missing}"
+    model.set_input_embeddings(soft)
+    return model
+
+
+def soft_prompts(model) -> SoftPrompts:
+    """The soft prompts of a model, also through a wrapper such as DDP."""
+    from accelerate.utils import extract_model_from_parallel
+
+    return extract_model_from_parallel(model).get_input_embeddings()
+
+
+def save(model, folder: str) -> None:
+    """Write prompts and retriever as adapter_model.safetensors, and their config as adapter_config.json."""
+    from safetensors.torch import save_file
+
+    soft = soft_prompts(model)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(soft.own_state(), Path(folder) / "adapter_model.safetensors")
+    text = json.dumps({"peft_type": KIND, "base_model_name_or_path": None, **soft.config}, indent=1)
+    (Path(folder) / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def read(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """(config, state) of what `save` has written."""
+    from safetensors.torch import load_file
+
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key not in ("peft_type", "base_model_name_or_path")}
+    return config, load_file(Path(folder) / "adapter_model.safetensors")
+
+
+# ---- losses -------------------------------------------------------------------------------------
+
+
+def by_prompt(values: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    """Values (S, ...) of scored tokens as (K, N, ...), a column per response token, and its row (N,).
+
+    A row's response stands under every prompt, token for token, in the order of the packing.
+    """
+    order = torch.argsort(batch["branch"], stable=True)
+    count = int(batch["branch"].max()) + 1
+    return values[order].unflatten(0, (count, -1)), batch["row"][order][: len(order) // count]
+
+
+def mean_nll(logps: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """Mean negative log-probability (B, K) in nats per token of a row's response under every prompt; logps (K, N)."""
+    sums = logps.new_zeros(num_rows, len(logps)).index_add(0, row, -logps.T)
+    return sums / torch.bincount(row, minlength=num_rows)[:, None].clamp(min=1)
+
+
+def selection_loss(nll: Tensor, log_h: Tensor, tau_gold: float = 1.0, noise: float = 0.0) -> Tensor:
+    """KL(g || h), mean over rows, with g = softmax(-nll / tau_gold); nll, log_h (B, K). No gradient flows into nll.
+
+    noise: standard deviation of what is added to the logits of g (added to g itself, it could make it negative).
+    """
+    target = -nll.detach() / tau_gold
+    if noise:
+        target = target + noise * torch.randn_like(target)
+    log_g = target.log_softmax(-1)
+    return (log_g.exp() * (log_g - log_h)).sum(-1).mean()
+
+
+def fusion_loss(logps: Tensor, log_h: Tensor, row: Tensor) -> Tensor:
+    """Mean of -log sum_k h[k] p_k(token) over tokens; logps (K, N), log_h (B, K), row (N,)."""
+    return -(logps + log_h[row].T).logsumexp(0).mean()
+
+
+def logit_fusion_loss(logits: Tensor, weights: Tensor, targets: Tensor, row: Tensor) -> Tensor:
+    """Mean cross entropy of sum_k weights[k] logits_k; logits (K, N, W), weights (B, K), targets and row (N,)."""
+    return F.cross_entropy(torch.einsum("knw,nk->nw", logits, weights[row]), targets)
+
+
+def contrastive_loss(scores: Tensor, texts: list[str], threshold: float = 20.0) -> Tensor:
+    """Mean over the pairs of rows: 1 - cos of their scores where the texts are alike, else max(0, cos).
+
+    Alike: symmetric BLEU above the threshold. 0 for a single row. Since scores have K entries and are positive, at most K
+    rows can be unlike each other at no loss.
+    """
+    pairs = [(i, j) for i in range(len(texts)) for j in range(i)]
+    if not pairs:
+        return scores.sum() * 0
+    first, second = torch.tensor(pairs, device=scores.device).T
+    alike = [1.0 if similarity(*sorted((texts[i], texts[j]))) > threshold else -1.0 for i, j in pairs]
+    return F.cosine_embedding_loss(scores[first], scores[second], torch.tensor(alike, device=scores.device))
+
+
+@lru_cache(maxsize=1_000_000)
+def similarity(a: str, b: str) -> float:
+    """Mean of the sentence BLEU of two texts against each other, 0 to 100 (sacrebleu)."""
+    from sacrebleu import sentence_bleu
+
+    return (sentence_bleu(a, [b]).score + sentence_bleu(b, [a]).score) / 2
