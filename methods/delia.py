@@ -30,7 +30,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from argparse import BooleanOptionalAction
 from collections import Counter
 from pathlib import Path
 
@@ -56,8 +55,7 @@ def add_args(group) -> None:
     group.add_argument("--diverse_file", help="messages that the model itself wrote (infer.py --self_sample), to be mixed in")
     group.add_argument("--diverse_ratio", type=float, default=100.0,
                        help="diverse rows per task row; 0 is the control (default: %(default)s, published run 260)")
-    group.add_argument("--oversample", action=BooleanOptionalAction, default=False,
-                       help="repeat diverse rows where there are fewer than asked")
+    group.add_argument("--oversample", action="store_true", help="repeat diverse rows where there are fewer than asked")
     group.add_argument("--mix", choices=["shuffle", "stratified"], default="shuffle",
                        help="shuffle: all rows in random order, as published (default); stratified: task rows evenly spread")
     group.add_argument("--allow_foreign_cache", action="store_true", help="take diverse rows that another model wrote")
