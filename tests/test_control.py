@@ -517,7 +517,8 @@ def test_misalignment_by_hand():
     replies = {(): [reply(0, {}, 0.6), reply(1, {}, 0.0)],
                tuple(pos.items()): [reply(0, pos, 0.6), reply(1, pos, 0.9)],
                tuple(neg.items()): [reply(0, neg, -0.6), reply(1, neg, 0.9)]}
-    first, second = attributes.effects(replies, SCHEMA, 2)
+    first, second = attributes.effects(replies, SCHEMA, 2, [reply(0, {}, 0.0), reply(1, {}, 0.0)])
+    assert first["baseline_difference"][0] == -1.0 and second["baseline_difference"][0] == -0.5
     assert first["want"] == pos and first["no_condition"][0] == 0.5 and first["asked"][0] == 0.0 and first["difference"][0] == -0.5
     assert first["opposite"][0] == 0.5 and first["opposite_difference"][0] == 0.0
     assert second["no_condition"][0] == 1.0 and second["asked"][0] == 0.5 and second["opposite"][0] == 1.0
