@@ -441,7 +441,7 @@ def test_a_sweep_asks_for_every_combination_and_evaluation_scores_it(in_folder, 
     assert two["guidance"] == 2.0 and one["trained"] == ["sentiment"]
     assert set(one["conditions"]) == {attributes.write_want(want) for want in wants}
     assert one["conditions"]["no condition"]["perplexity_ratio"][0] == pytest.approx(1)
-    assert len(one["effects"]) == 8
+    assert len(one["effects"]) == 4 + 4 * 3  # single values; joint ones, also attribute by attribute
     capsys.readouterr()
     evaluation.main(["--show", "logs/both.json"])
     assert "misaligned replies" in (out := capsys.readouterr().out) and "toxicity=nontoxic" in out
@@ -531,6 +531,14 @@ def test_a_joint_condition_is_missed_by_missing_either_attribute():
     assert attributes.misaligned({"toxicity": "nontoxic", "sentiment": "neu"}, want)
     assert attributes.opposite(want, SCHEMA) == {"toxicity": "toxic", "sentiment": "neg"}
     assert attributes.opposite({"sentiment": "neu"}, SCHEMA) is None and attributes.opposite({}, SCHEMA) is None
+
+
+def test_a_joint_condition_is_also_measured_attribute_by_attribute():
+    """One reply asked to be nontoxic and pos, nontoxic and neg as it is: jointly missed, sentiment missed, toxicity met."""
+    want = {"toxicity": "nontoxic", "sentiment": "pos"}
+    found = attributes.effects({tuple(want.items()): [reply(0, want, -0.6)]}, SCHEMA, 1, [])
+    assert [(own["measured"], own["asked"][0]) for own in found] == [(want, 1.0), ({"toxicity": "nontoxic"}, 0.0), ({"sentiment": "pos"}, 1.0)]
+    assert found[0]["no_condition"] is None and found[0]["difference"] is None
 
 
 def test_replies_without_letters_are_counted_and_no_score_is_made_up():
