@@ -36,7 +36,7 @@ outs/.control_%: data/control/manifest.json
 	$(RUN) train.py --config configs/control/smollm2_toxsen.yaml --exp_name control_$* --resume \
 	  --attributes $(ATTRIBUTES_$*)
 	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_100 --sweep toxicity sentiment=neg,pos \
-	  --untrained --limit 300 --batch_size 32 --max_new_tokens 16 --top_k 50 --temperature 0.8 --save_file outs/control_$*.jsonl --resume
+	  --untrained skip --limit 300 --batch_size 32 --max_new_tokens 16 --top_k 50 --temperature 0.8 --save_file outs/control_$*.jsonl --resume
 	@touch $@
 
 eval_logs/control.json: outs/.control_none outs/.control_tox outs/.control_sen outs/.control_toxsen
