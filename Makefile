@@ -29,13 +29,14 @@ control: eval_logs/control.json
 	@$(RUN) eval.py --show eval_logs/control.json
 
 data/control/manifest.json: | $(READY)
-	$(RUN) data/build_control.py --input chitchat --threshold toxicity=0.35 --balance --drop_rate 0.1 --limit 6400
+	$(RUN) data/build_control.py --input chitchat --threshold toxicity=0.35 sentiment=-0.3,0.3 \
+	  --balance --drop_rate 0.1 --max_words 14 --limit 6400
 
 outs/.control_%: data/control/manifest.json
 	$(RUN) train.py --config configs/control/smollm2_toxsen.yaml --exp_name control_$* --resume \
 	  --attributes $(ATTRIBUTES_$*)
-	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_240 --sweep toxicity sentiment=neg,pos \
-	  --untrained --test_file data/control/prompts.jsonl --limit 300 --batch_size 16 --top_p 0.9 --save_file outs/control_$*.jsonl --resume
+	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_100 --sweep toxicity sentiment=neg,pos \
+	  --untrained skip --limit 300 --batch_size 32 --max_new_tokens 16 --top_k 50 --temperature 0.8 --save_file outs/control_$*.jsonl --resume
 	@touch $@
 
 eval_logs/control.json: outs/.control_none outs/.control_tox outs/.control_sen outs/.control_toxsen

@@ -268,25 +268,28 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
         "words": metrics.mean_length(texts)[0] if texts else None}
 
 
-def effects(replies: dict[tuple, list[Reply]], schema: dict, num_rows: int) -> list[dict]:
+def effects(replies: dict[tuple, list[Reply]], schema: dict, num_rows: int, baseline: list[Reply]) -> list[dict]:
     """For each condition: the share of misaligned replies without it, with it, and with its opposite, by row.
 
-    replies: by condition, as tuples of pairs. Shares and differences are [estimate, low, high]; differences are paired by row.
+    Of a joint condition also the misalignment in each of its attributes (`measured`). replies: by condition, as tuples
+    of pairs; baseline: those of the first model without a condition. Shares and differences are [estimate, low, high];
+    differences are paired by row.
     """
     found = []
     for key, own in replies.items():
-        want = dict(key)
-        if not want:
-            continue
-        asked, plain, other = share_by_row(own, want, num_rows), None, opposite(want, schema)
-        if () in replies:
-            plain = share_by_row(replies[()], want, num_rows)
+        want, other = dict(key), opposite(dict(key), schema)
+        parts = [{name: value} for name, value in key] if len(key) > 1 else []
         against = replies.get(tuple(other.items())) if other else None
-        found.append({
-            "want": want, "no_condition": plain and interval_of(plain), "asked": interval_of(asked),
-            "difference": plain and difference(asked, plain),
-            "opposite": against and interval_of(share_by_row(against, want, num_rows)),
-            "opposite_difference": against and plain and difference(share_by_row(against, want, num_rows), plain)})
+        for measured in [want, *parts] if want else []:
+            asked = share_by_row(own, measured, num_rows)
+            plain = share_by_row(replies[()], measured, num_rows) if () in replies else None
+            opposed = against and share_by_row(against, measured, num_rows)
+            found.append({
+                "want": want, "measured": measured, "no_condition": plain and interval_of(plain), "asked": interval_of(asked),
+                "difference": plain and difference(asked, plain),
+                "baseline_difference": difference(asked, share_by_row(baseline, measured, num_rows)),
+                "opposite": opposed and interval_of(opposed),
+                "opposite_difference": opposed and plain and difference(opposed, plain)})
     return found
 
 
@@ -336,7 +339,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
         summary["systems"][name] = {
             "trained": runs[file]["args"]["attributes"], "guidance": rows[0].get("guidance", 1.0),
             "conditions": {write_want(dict(key)): describe(own, reference, schema, num_rows) for key, own in replies.items()},
-            "effects": effects(replies, schema, num_rows)}
+            "effects": effects(replies, schema, num_rows, reference)}
     utils.atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False))
     utils.atomic_write(save_file.with_suffix(".jsonl"),
                        "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
@@ -414,21 +417,24 @@ def print_figures(summary: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=max(150, Console().width))
+    console = Console(width=max(170, Console().width))
     thresholds = "; ".join(f"{name}: {own['scorer']} {own['version']}, {' '.join(own['values'])} parted at "
                            f"{', '.join(f'{t:.3g}' for t in own['thresholds'])}" for name, own in summary["schema"].items())
     wants = {json.dumps(e["want"]): e["want"] for system in summary["systems"].values() for e in system["effects"]}
-    table = Table(title=f"misaligned replies, % of those that can be scored; 95 % intervals over {summary['rows']} rows, differences paired",
+    table = Table(title=f"misaligned replies, % of those that can be scored; 95 % intervals over {summary['rows']} rows, differences paired; "
+                        "first model: the one of the first file, without a condition",
                   title_justify="left", caption=thresholds, caption_justify="left")
-    for column in ("asked for", "model", "no condition", "asked", "asked - none", "opposite asked", "opposite - none"):
-        table.add_column(column, justify="left" if column in ("asked for", "model") else "right")
+    for column in ("asked for", "measured", "model", "no condition", "asked", "asked - none", "asked - first model", "opposite asked", "opposite - none"):
+        table.add_column(column, justify="left" if column in ("asked for", "measured", "model") else "right")
     most = max(map(len, wants.values()), default=0)
     for want in sorted((w for w in wants.values() if len(w) in (1, most)), key=len):
-        for name, system in summary["systems"].items():
-            own = next((e for e in system["effects"] if e["want"] == want), None)
-            if own:
-                table.add_row(write_want(want), name, percent(own["no_condition"]), percent(own["asked"]), percent(own["difference"], "+"),
-                              percent(own["opposite"]), percent(own["opposite_difference"], "+"))
+        for measured in [want, *({n: v} for n, v in want.items())][: 1 + len(want) * (len(want) > 1)]:
+            for name, system in summary["systems"].items():
+                for own in system["effects"]:
+                    if own["want"] == want and own["measured"] == measured:
+                        figures = [percent(own[key], "+" if "difference" in key else "") for key in
+                                   ("no_condition", "asked", "difference", "baseline_difference", "opposite", "opposite_difference")]
+                        table.add_row(write_want(want), "joint" if len(measured) > 1 else next(iter(measured)), name, *figures)
         table.add_section()
     console.print(table)
     table = Table(title=f"quality; perplexity under {summary['base']}, against the first model without a condition", title_justify="left")

@@ -20,6 +20,7 @@ Differences from the project's code:
 - Scorer and threshold are one for training and evaluation; VADER has a neutral band (there ties are negative).
 - Unused special tokens of the tokenizer serve, if it has enough, else rows are added; all start at the mean row.
 - Control tokens are never generated: their logits are put to -1e9 in any decoding.
+- The learning rate is constant (there a cosine after 1 % of warm-up), and all models get equally many updates.
 - Texts of any document are in one split; equal texts stand once; prompts are left-padded and not scored.
 """
 
@@ -145,7 +146,9 @@ def prepare_model(model, tokenizer, args):
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
         weight[args.banned_ids] = weight.mean(0)
-    return utils.add_lora(model, tokenizer, args, trainable_token_indices=args.banned_ids)
+    model = utils.add_lora(model, tokenizer, args, trainable_token_indices=args.banned_ids)
+    utils.ban_tokens(model.get_base_model(), args.banned_ids)  # they are only read: tied rows learn nothing as outputs
+    return model
 
 
 def build_tree(row: dict, tokenizer, args, rng: random.Random):
@@ -176,7 +179,7 @@ def decode_tree(row: dict, tokenizer, args):
 
     if "wants" not in row:
         utils.die(2, "this checkpoint was trained with --method control", "infer.py --method control --want NAME=VALUE ...")
-    prompts = [sum(encode(tokenizer, want, args.control_tokens, row["prompt"]), []) for want in row["wants"]]
+    prompts = [sum(encode(tokenizer, want, args.control_tokens, row["prompt"]), []) for want in row["given"][: args.num_branches]]
     if max(map(len, prompts)) > args.max_length - args.max_new_tokens:
         return None
     numbers = list(range(1, len(prompts) + 1))
@@ -202,12 +205,15 @@ def add_infer_args(parser) -> None:
                        help="every combination of values, and of none, of these attributes (default: all that were trained), "
                             "with --num_response_per_input replies to each (default: 1)")
     group.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default), 0 is unconditioned")
-    group.add_argument("--untrained", action="store_true",
-                       help="allow attributes that the checkpoint was not trained on: the baselines of the published table")
+    group.add_argument("--untrained", choices=["skip", "token"],
+                       help="allow attributes that the checkpoint was not trained on, for baselines. skip: without their tokens, so "
+                            "what changes is chance; token: with them, as published, though they mean nothing to it")
 
 
 def inference_rows(args) -> list[dict]:
-    """Rows with prompt, wants (a condition per reply) and guidance; without --test_file, --limit rows of no prompt.
+    """Rows with prompt, wants (a condition per reply), given (those that get tokens) and guidance.
+
+    Without --test_file, --limit rows of no prompt.
 
     Settles the number of replies a row, and the tokens of the checkpoint.
     """
@@ -232,8 +238,8 @@ def inference_rows(args) -> list[dict]:
                                 (None if "prompt" in row else 'needs "prompt": control tokens continue plain text'))[: args.limit]
     else:
         rows, args.test_file = [{"prompt": ""}] * (args.limit or 1), "no prompt"
-    return [{"prompt": row["prompt"], "wants": wants[: args.num_branches] * (len(wants) // args.num_branches),
-             "guidance": args.guidance} for row in rows]
+    given = [{n: v for n, v in want.items() if n in trained["attributes"] or args.untrained == "token"} for want in wants]
+    return [{"prompt": row["prompt"], "wants": wants, "given": given, "guidance": args.guidance} for row in rows]
 
 
 def wanted(args, known: dict, where: str) -> list[dict[str, str]]:

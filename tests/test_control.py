@@ -35,7 +35,7 @@ DOCUMENTS = [{"texts": row["candidates"] + row["context"].split("\n")} for row i
 
 
 def arguments(**changes) -> SimpleNamespace:
-    own = dict(schema=SCHEMA, attributes=list(SCHEMA), control_tokens=None, banned_ids=None, max_length=64, max_new_tokens=8,
+    own = dict(num_branches=None, schema=SCHEMA, attributes=list(SCHEMA), control_tokens=None, banned_ids=None, max_length=64, max_new_tokens=8,
                from_scratch=False, attn_implementation="sdpa", lora_r=2, lora_alpha=4, lora_dropout=0.0, load_in_4bit=False,
                gradient_checkpointing=False, lora_target_modules=["q_proj", "v_proj"])
     return SimpleNamespace(**{**own, **changes})
@@ -217,13 +217,15 @@ def test_new_rows_start_at_the_mean_and_only_they_and_the_adapter_are_trained(sp
     rows = [p for name, p in trainable.items() if "trainable_tokens" in name]
     assert all("lora_" in name or "trainable_tokens" in name for name in trainable)
     assert [tuple(p.shape) for p in rows] == [(5, 32)] and torch.allclose(rows[0], mean.expand(5, -1), atol=1e-6)
-    optimizer = torch.optim.AdamW(trainable.values(), lr=0.1)
+    assert (model(torch.tensor([[1, 2]])).logits[..., args.banned_ids] == -1e9).all()  # nothing is learnt of them as outputs
+    optimizer = torch.optim.AdamW(trainable.values(), lr=0.1, weight_decay=0.0)
     batch = trees.pack([control.build_tree(ROW, tokenizer, args, random.Random(0))])
     for _ in range(3):
         optimizer.zero_grad()
         control.compute_loss(model, batch, args)[0].backward()
         optimizer.step()
-    assert not torch.allclose(rows[0][0], mean, atol=1e-2)
+    assert not torch.allclose(rows[0][0], mean, atol=1e-2)  # nontoxic and pos stood in the text, the others did not
+    assert torch.allclose(rows[0][1:4], mean.expand(3, -1), atol=1e-6)
     base = {name.replace(".base_layer", "").replace("token_adapter.", "").removeprefix("base_model.model."): p
             for name, p in model.named_parameters() if not p.requires_grad}
     for name, value in frozen.items():
@@ -293,7 +295,7 @@ def test_guidance_is_what_the_equation_says():
 
 
 def rows_for(prompts: list[str], wants: list[dict], guidance: float) -> list[dict]:
-    return [{"prompt": prompt, "wants": wants, "guidance": guidance} for prompt in prompts]
+    return [{"prompt": prompt, "wants": wants, "given": wants, "guidance": guidance} for prompt in prompts]
 
 
 def decode(model, tokenizer, args, rows: list[dict], how: str = "greedy") -> list[list[list[int]]]:
@@ -399,14 +401,15 @@ def test_rows_and_adapter_are_saved_and_reloaded_exactly(in_folder):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(in_folder):
-    """Eight steps at once, and four steps that are resumed."""
-    flags = [*TRAIN, "--max_steps", "8", "--save_steps", "4"]
-    flags[flags.index("sen")] = "whole"
-    train.main(flags)
-    flags[flags.index("whole")] = "parts"
-    train.main([*flags[:-3], "4", *flags[-2:]])
-    train.main([*flags, "--resume"])
-    one, two = (utils.sha256((in_folder.parents[1] / name / "check_8" / "adapter_model.safetensors").read_bytes()) for name in ("whole", "parts"))
+    """Four steps at once, and two steps that are resumed."""
+    flags = [*TRAIN, "--save_steps", "2", "--max_steps"]
+    name = flags.index("sen")
+    flags[name] = "whole"
+    train.main([*flags, "4"])
+    flags[name] = "parts"
+    train.main([*flags, "2"])
+    train.main([*flags, "4", "--resume"])
+    one, two = (utils.sha256((in_folder.parents[1] / run / "check_4" / "adapter_model.safetensors").read_bytes()) for run in ("whole", "parts"))
     assert one == two
 
 
@@ -428,7 +431,7 @@ def test_from_scratch_trains_and_reloads_a_whole_random_model(in_folder, capsys)
 
 def test_a_sweep_asks_for_every_combination_and_evaluation_scores_it(in_folder, capsys):
     common = ["--method", "control", "--model_name_or_path", str(in_folder), "--sweep", "toxicity", "sentiment=neg,pos", "--untrained",
-              "--limit", "3", "--max_new_tokens", "6"]
+              "token", "--limit", "3", "--max_new_tokens", "6"]
     infer.main([*common, "--save_file", "outs/one.jsonl"])
     infer.main([*common, "--guidance", "2", "--save_file", "outs/two.jsonl"])
     rows = utils.read_jsonl("outs/one.jsonl")
@@ -441,10 +444,20 @@ def test_a_sweep_asks_for_every_combination_and_evaluation_scores_it(in_folder, 
     assert two["guidance"] == 2.0 and one["trained"] == ["sentiment"]
     assert set(one["conditions"]) == {attributes.write_want(want) for want in wants}
     assert one["conditions"]["no condition"]["perplexity_ratio"][0] == pytest.approx(1)
-    assert len(one["effects"]) == 8
+    assert len(one["effects"]) == 4 + 4 * 3  # single values; joint ones, also attribute by attribute
     capsys.readouterr()
     evaluation.main(["--show", "logs/both.json"])
     assert "misaligned replies" in (out := capsys.readouterr().out) and "toxicity=nontoxic" in out
+
+
+def test_a_baseline_may_skip_the_tokens_it_was_not_trained_on(in_folder):
+    """Greedily, toxicity then changes nothing and sentiment is asked for as it was trained."""
+    common = ["--method", "control", "--model_name_or_path", str(in_folder), "--decoding", "greedy", "--max_new_tokens", "6",
+              "--sweep", "toxicity=toxic", "sentiment=pos", "--untrained"]
+    infer.main([*common, "skip", "--save_file", "outs/skip.jsonl"])
+    row = utils.read_jsonl("outs/skip.jsonl")[0]
+    assert row["wants"][3] == {"toxicity": "toxic", "sentiment": "pos"} and row["given"] == [{}, {"sentiment": "pos"}] * 2
+    assert row["preds"][:2] == row["preds"][2:]
 
 
 def test_perplexity_is_that_of_the_base_after_the_prompt(in_folder):
@@ -517,7 +530,8 @@ def test_misalignment_by_hand():
     replies = {(): [reply(0, {}, 0.6), reply(1, {}, 0.0)],
                tuple(pos.items()): [reply(0, pos, 0.6), reply(1, pos, 0.9)],
                tuple(neg.items()): [reply(0, neg, -0.6), reply(1, neg, 0.9)]}
-    first, second = attributes.effects(replies, SCHEMA, 2)
+    first, second = attributes.effects(replies, SCHEMA, 2, [reply(0, {}, 0.0), reply(1, {}, 0.0)])
+    assert first["baseline_difference"][0] == -1.0 and second["baseline_difference"][0] == -0.5
     assert first["want"] == pos and first["no_condition"][0] == 0.5 and first["asked"][0] == 0.0 and first["difference"][0] == -0.5
     assert first["opposite"][0] == 0.5 and first["opposite_difference"][0] == 0.0
     assert second["no_condition"][0] == 1.0 and second["asked"][0] == 0.5 and second["opposite"][0] == 1.0
@@ -530,6 +544,14 @@ def test_a_joint_condition_is_missed_by_missing_either_attribute():
     assert attributes.misaligned({"toxicity": "nontoxic", "sentiment": "neu"}, want)
     assert attributes.opposite(want, SCHEMA) == {"toxicity": "toxic", "sentiment": "neg"}
     assert attributes.opposite({"sentiment": "neu"}, SCHEMA) is None and attributes.opposite({}, SCHEMA) is None
+
+
+def test_a_joint_condition_is_also_measured_attribute_by_attribute():
+    """One reply asked to be nontoxic and pos, nontoxic and neg as it is: jointly missed, sentiment missed, toxicity met."""
+    want = {"toxicity": "nontoxic", "sentiment": "pos"}
+    found = attributes.effects({tuple(want.items()): [reply(0, want, -0.6)]}, SCHEMA, 1, [])
+    assert [(own["measured"], own["asked"][0]) for own in found] == [(want, 1.0), ({"toxicity": "nontoxic"}, 0.0), ({"sentiment": "pos"}, 1.0)]
+    assert found[0]["no_condition"] is None and found[0]["difference"] is None
 
 
 def test_replies_without_letters_are_counted_and_no_score_is_made_up():
