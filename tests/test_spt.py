@@ -458,6 +458,21 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, tmp
     assert {"lm_loss", "sel_loss", "fuse_loss", "ctr_loss", "usage_entropy", "agreement", "use_4"} <= set(lines[-1])
 
 
+def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(finished, tmp_path):
+    """Batches of one row: two processes x accumulation 1 see the updates of one process x accumulation 2, retriever included."""
+    _, flags, _ = finished
+    flags = [*flags, "--output_dir", str(tmp_path), "--batch_size", "1", "--target_noise", "0", "--num_epochs", "1", "--save_steps", "4"]
+    train.main([*flags, "--exp_name", "alone", "--gradient_accumulation_steps", "2"])
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / "train.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *flags, "--exp_name", "pair"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (softprompts.read(tmp_path / name / check)[1] for name, check in (("alone", "check_4"), ("pair", "check_2")))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def drawn(finished, folder, name: str, *flags: str) -> list[dict]:
     path, _, checkpoint = finished
     infer.main(["--method", "spt", "--model_name_or_path", f"{checkpoint}/", "--test_file", str(path), "--max_new_tokens", "5",
