@@ -593,6 +593,11 @@ def test_an_interval_over_persons_is_wider_than_one_over_rows():
     assert mean == 0.5 and 0.2 < low < high < 0.8
 
 
+def test_one_person_has_no_interval():
+    assert grounding.mean_of([1.0, None, 2.0], ["a", "a", "a"]) == [1.5] and grounding.mean_of([None], ["a"]) is None
+    assert len(grounding.mean_of([1.0, 2.0], ["a", "b"])) == 3
+
+
 class Embedder:
     """Two texts are alike if they have equal length."""
 
