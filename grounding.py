@@ -155,9 +155,12 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
 
 
 def mean_of(values: list[float | None], people: list[str]) -> list[float] | None:
-    """Mean and interval over persons of the values that are defined."""
+    """Mean and interval over persons of the values that are defined; the mean alone where there is one person."""
     kept = [(v, p) for v, p in zip(values, people, strict=True) if v is not None]
-    return list(metrics.cluster_interval(*zip(*kept, strict=True))) if kept else None
+    if not kept:
+        return None
+    found = metrics.cluster_interval(*zip(*kept, strict=True))
+    return list(found) if len({p for _, p in kept}) > 1 else [found[0]]
 
 
 def summarise(rows: list[dict], figures: list[dict], people: list[str]) -> dict:
@@ -200,7 +203,9 @@ def print_figures(result: dict) -> None:
     from rich.table import Table
 
     def figure(value) -> str:
-        return "—" if value is None else f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
+        if value is None:
+            return "—"
+        return f"{value[0]:.3f}" + (f" [{value[1]:.3f}, {value[2]:.3f}]" if len(value) == 3 else "")
 
     console = Console(width=max(150, Console().width))
     table = Table(title="95 % intervals over persons")
