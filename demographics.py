@@ -72,7 +72,7 @@ def words_of(attribute: str) -> tuple[re.Pattern, dict[str, str]]:
 # ---- rules --------------------------------------------------------------------------------------
 
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!St\.)\s+")
-DENIED = re.compile(r"(?:\b(?:not|never|no longer|neither|nor|without)|n't)(?:\s+[\w']+){0,2}\s+$", re.I)
+DENIED = re.compile(r"(?:\b(?:not|never|no longer|neither|nor|without)|n't)(?:\s+(?!but\b)[\w']+){0,3}\s+$", re.I)
 OTHERS = re.compile(r"\b(?:my|his|her|their|our)\s+(?:\w+\s)?(?:father|mother|dad|mom|mum|parents?|brothers?|sisters?|wife|husband|partner|"
                     r"friends?|sons?|daughters?|kids|children|uncle|aunt|grand\w+|boss|neighbou?rs?)\b", re.I)
 SELF = {  # what stands before a value where the question was about something else
