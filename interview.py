@@ -361,12 +361,15 @@ class ApiModel:
         """
         import api
 
+        failed = Counter()
+
         def one(i: int) -> tuple[int, str | None]:
             try:
                 answer = api.retrying(
                     lambda: api.chat(self.client, self.model, [{"role": "user", "content": messages[i]}], max_tokens,
                                      temperature=temperature, **options), time.monotonic() + self.timeout_total)
-            except api.Failed:
+            except api.Failed as error:
+                failed[error.args[0]] += 1
                 return i, None
             return i, api.redact(answer.text)
 
@@ -374,4 +377,6 @@ class ApiModel:
             yield from api.work(one, list(range(len(messages))), self.max_connections)
         except api.Stopped as stop:
             code, what = stop.args
-            utils.die(code, f"{self.name} at {self.url}: {what}", "what is finished is kept; the same command with --resume goes on")
+            utils.die(code, f"{self.name} at {self.url}: {what}", "what is finished is kept; the same command goes on (infer.py: with --resume)")
+        for what, count in failed.items():
+            utils.note(f"note: {self.name}: {count} calls without an answer: {what}")
