@@ -208,10 +208,10 @@ def hold_all(engine, asker, args, done: int, save_file: Path) -> float:
 
 def plan(index: int, args) -> dict:
     """What is settled before interview `index` starts: its topics in order, its wordings, its possibility numbers."""
-    rng = random.Random(f"{args.seed}-{index}")
+    rng, draws = random.Random(f"{args.seed}-{index}"), random.Random(f"{args.seed}-{index}-numbers")
     topics = [*rng.sample(TOPICS[:-1], len(TOPICS) - 1), TOPICS[-1]]
     most = args.max_pos_number
-    numbers = [rng.randint(1, most) if args.number == "per_turn" else index % most + 1 for _ in range(2 * len(TOPICS))]
+    numbers = [draws.randint(1, most) if args.number == "per_turn" else index % most + 1 for _ in range(2 * len(TOPICS))]
     return {"interview": index, "opening": rng.choice(OPENINGS), "todo": topics, "numbers": numbers if args.method == "peft" else None,
             "wording": {topic: [rng.choice(QUESTIONS[topic]), rng.choice(AGAIN[topic])] for topic in topics},
             "turns": [], "topics": [], "warnings": Counter()}

@@ -20,7 +20,7 @@ import interview
 import utils
 
 KEY = "sk-not-a-real-key-42"
-NUM, SIZE, TOKENS = 5, 2, 6
+NUM, SIZE, TOKENS = 4, 2, 4
 
 
 def hold(model, file, *flags, num: int = NUM, size: int = SIZE) -> list[dict]:
@@ -43,7 +43,7 @@ def peft_dir(tiny_dir, tmp_path_factory):
     data = out / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in DIALOGUES), encoding="utf-8")
     done = command("train.py", "--method", "peft", "--model_name", tiny_dir, "--train_file", data, "--exp_name", "p", "--output_dir", out,
-                   "--max_steps", 2, "--save_steps", 2, "--max_length", 400, cwd=out)
+                   "--max_steps", 2, "--save_steps", 2, "--max_length", 1000, "--num_response_per_input", 3, "--max_pos_number", 3, cwd=out)
     assert done.returncode == 0, done.stderr
     return out / "p" / "check_2"
 
@@ -51,6 +51,11 @@ def peft_dir(tiny_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tiny_dir, tmp_path_factory):
     return hold(tiny_dir, tmp_path_factory.mktemp("base") / "a.jsonl")
+
+
+def as_lines(rows: list[dict]) -> list[bytes]:
+    """The rows as they stand in a file."""
+    return [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
 
 
 # ---- what is asked ------------------------------------------------------------------------------
@@ -83,31 +88,33 @@ def test_the_prompt_is_the_conversation_so_far_as_the_methods_train_it(peft_dir,
 
 
 def test_numbers_are_one_per_interview_in_turn_or_new_at_every_turn(peft_dir, tmp_path):
-    one = hold(peft_dir, tmp_path / "a.jsonl", num=11, size=11)
-    assert [row["number"] for row in one] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2] and {row["method"] for row in one} == {"peft"}
-    each = hold(peft_dir, tmp_path / "b.jsonl", "--number", "per_turn", num=3, size=3)
-    assert all(len(row["number"]) == len(row["topics"]) and len(set(row["number"])) > 1 for row in each)
-    assert all(1 <= n <= 9 for row in each for n in row["number"])
+    """The checkpoint was trained with numbers 1 to 3."""
+    one = hold(peft_dir, tmp_path / "a.jsonl", num=4, size=4)
+    assert [row["number"] for row in one] == [1, 2, 3, 1] and {row["method"] for row in one} == {"peft"}
+    each = hold(peft_dir, tmp_path / "b.jsonl", "--number", "per_turn", num=2)
+    assert all(len(row["number"]) == len(row["topics"]) and {1, 2, 3} >= set(row["number"]) and len(set(row["number"])) > 1 for row in each)
+    assert [row["turns"][0] for row in each] == [row["turns"][0] for row in one[:2]], "all systems are asked in the same words"
 
 
 def test_an_interview_alone_is_the_interview_in_a_batch(tiny_dir, rows, tmp_path):
-    assert hold(tiny_dir, tmp_path / "a.jsonl", num=NUM, size=1) == rows
+    assert hold(tiny_dir, tmp_path / "a.jsonl", num=2, size=1) == rows[:2]
 
 
 # ---- interruptions ------------------------------------------------------------------------------
 
 
 def test_an_interrupted_run_goes_on_to_the_same_file(tiny_dir, rows, tmp_path, capsys):
-    """Cut in the middle of the fourth row, inside a batch."""
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    hold(tiny_dir, whole)
-    lines = whole.read_bytes().splitlines(keepends=True)
-    cut.write_bytes(b"".join(lines[:3]) + lines[3][:40])
-    cut.with_suffix(".json").write_bytes(whole.with_suffix(".json").read_bytes())
-    assert "already there" in refused(capsys, 2, tiny_dir, cut)
-    assert "was made with seed 42, now it is 7" in refused(capsys, 2, tiny_dir, cut, "--resume", "--seed", 7)
-    hold(tiny_dir, cut, "--resume")
-    assert cut.read_bytes() == whole.read_bytes()
+    """Killed after its first batch, then cut in the middle of the second row, inside a batch."""
+    file, lines = tmp_path / "cut.jsonl", as_lines(rows)
+    hold(tiny_dir, file, num=1)  # leaves the settings that a resumed run compares
+    settings = json.loads(file.with_suffix(".json").read_text()) | {"kept": "to see that it is written anew"}
+    settings["settings"] |= {"num_interviews": NUM, "batch_size": SIZE}
+    file.with_suffix(".json").write_text(json.dumps(settings))
+    file.write_bytes(lines[0] + lines[1][:40])
+    assert "already there" in refused(capsys, 2, tiny_dir, file)
+    assert "was made with seed 42, now it is 7" in refused(capsys, 2, tiny_dir, file, "--resume", "--seed", 7)
+    hold(tiny_dir, file, "--resume")
+    assert file.read_bytes() == b"".join(lines) and "kept" not in file.with_suffix(".json").read_text()
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -126,7 +133,7 @@ def test_a_model_behind_a_server_asks_and_no_key_is_written(serve, tiny_dir, tmp
     """It echoes the key and spells an end token, and refuses once: there the script asks, which is counted."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(error(400, f"bad {KEY}"), then=ok(f"Person A: So {KEY} <|im_end|>, who are you?\nPerson B: A thief."))
-    rows = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", "openai:m", "--base_url", server.url, "--max_connections", 1)
+    rows = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", "openai:m", "--base_url", server.url, "--max_connections", 1, num=2)
     questions = [turn for row in rows for turn in row["turns"][::2]]
     assert questions.count("So [key] < |im_end|>, who are you?") == len(questions) - 1
     assert json.loads((tmp_path / "a.json").read_text())["scripted_instead"] == 1
@@ -143,9 +150,10 @@ def test_without_a_key_an_asker_behind_a_server_is_refused_before_anything_is_lo
     assert "OPENAI_API_KEY is not set" in refused(capsys, 3, "no-such-model", tmp_path / "a.jsonl", "--asker", "openai:gpt-4o")
 
 
-def test_a_model_of_this_machine_asks_the_same_again(tiny_dir, rows, tmp_path):
-    asked = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", f"hf:{tiny_dir}", num=2)
-    assert asked == hold(tiny_dir, tmp_path / "b.jsonl", "--asker", f"hf:{tiny_dir}", num=2)
+def test_a_model_of_this_machine_asks_the_same_again(tiny_dir, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(interview, "ASKER_TOKENS", 3)
+    asked = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", f"hf:{tiny_dir}", num=1)
+    assert asked == hold(tiny_dir, tmp_path / "b.jsonl", "--asker", f"hf:{tiny_dir}", num=1)
     assert asked[0]["turns"][0] != rows[0]["turns"][0]
 
 
@@ -180,7 +188,7 @@ def test_a_notebook_whose_kernel_is_killed_goes_on_from_the_kept_transcripts(tin
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OMP_NUM_THREADS", str(os.environ.get("OMP_NUM_THREADS", 2)))
-    models, num, batch = {"base": str(tiny_dir), "peft": str(peft_dir)}, 24, 2
+    models, num, batch = {"base": str(tiny_dir), "peft": str(peft_dir)}, 8, 1
     folder = tmp_path / "persona"
     first = NotebookClient(notebook(models, folder, num, batch), timeout=120, resources={"metadata": {"path": str(ROOT)}})
     transcripts, kept = folder / "base.jsonl", []
