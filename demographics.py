@@ -97,13 +97,14 @@ AGE_WORD = re.compile(rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(UNITS[:9])}))?
 NO_AGE = re.compile(r"\s*(?:%|(?:st|nd|rd|th)\b|(?:hours?|days?|weeks?|months?|minutes?|times|people|kids|children|cats|dogs|st|feet|kilo\w*|miles?)\b"
                     r"|[- ]?years?\b(?!\s*(?:old|young|of age|,|\.|!|$)))", re.I)
 
+THEN = re.compile(r"\b(?:for|in|(?:since|when|until|till|before) I (?:was|turned))(?: about| around| only)?\s+$", re.I)  # 10 is no age of today
+
 
 def age_in(text: str) -> tuple[str, int] | None:
     """The first age in years that a text names, 3 to 119, and the words for it; a decade gives its first year."""
     found: list[tuple[int, str, int]] = []
-    for match in re.finditer(r"(?<![\w$€£.:/-])\d{1,3}(?!\w|[:/]\d|,\d{3}|\.\d)", text):
-        before = text[max(0, match.start() - 12) : match.start()]
-        if 3 <= int(match[0]) < 120 and not NO_AGE.match(text, match.end()) and not re.search(r"\b(?:for|in|about \w+ for)\s*$", before, re.I):
+    for match in re.finditer(r"(?<![\w$€£.:/-])(?<!\d,)\d{1,3}(?!\w|[:/'\"]\d|,\d{3}|\.\d)", text):
+        if 3 <= int(match[0]) < 120 and not NO_AGE.match(text, match.end()) and not THEN.search(text[: match.start()]):
             found.append((match.start(), match[0], int(match[0])))
     for match in AGE_WORD.finditer(text):
         tens, unit, small = match.groups()

@@ -53,6 +53,8 @@ def test_every_country_is_found_by_its_own_name_and_is_not_taken_for_another(cou
     ("age", "I have 3 cats and live in flat 12b.", None),
     ("age", "I was born in 1987.", None),
     ("age", "Are you 40?", None),
+    ("age", "I am 5'7 and have lived here since I was 18.", None),
+    ("age", "There are 2,025 of us.", None),
     ("country", "My house is in Romania", "Romania"),
     ("country", "It stands in a valley of the U.S., far from England.", "United States"),
     ("country", "Let us see.", None),
@@ -70,6 +72,7 @@ def test_every_country_is_found_by_its_own_name_and_is_not_taken_for_another(cou
     ("occupation", "I'm a high school teacher.", "education"),
     ("occupation", "I drive, well, I am a truck driver.", "transport and logistics"),
     ("occupation", "I'm retired.", "retired"),
+    ("occupation", "I'm an AI assistant.", None),
     ("occupation", "My father is a farmer.", None),
 ])
 def test_rules_read_what_a_person_says_of_themselves(attribute, answer, expected):
