@@ -103,7 +103,7 @@ THEN = re.compile(r"\b(?:for|in|(?:since|when|until|till|before) I (?:was|turned
 def age_in(text: str) -> tuple[str, int] | None:
     """The first age in years that a text names, 3 to 119, and the words for it; a decade gives its first year."""
     found: list[tuple[int, str, int]] = []
-    for match in re.finditer(r"(?<![\w$€£.:/-])(?<!\d,)\d{1,3}(?!\w|[:/'\"]\d|,\d{3}|\.\d)", text):
+    for match in re.finditer(r"(?<![\w$€£.:/'-])(?<!\d,)\d{1,3}(?!\w|[:/'\"]\d|,\d{3}|\.\d)", text):
         if 3 <= int(match[0]) < 120 and not NO_AGE.match(text, match.end()) and not THEN.search(text[: match.start()]):
             found.append((match.start(), match[0], int(match[0])))
     for match in AGE_WORD.finditer(text):
