@@ -9,6 +9,8 @@ outs/*.jsonl -> coherence judge + diversity metrics -> eval_logs/X.jsonl (a line
 X.html (a page of figures and replies) and a table. Intervals are 95 % over prompts, differences are paired by prompt.
 Degenerate controls (random words, replies moved to other prompts, one reply repeated) are scored with the systems,
 so that a metric that rewards noise is seen to do so.
+
+`python eval.py --persona` scores interviews (demographic bias test) instead; its flags: --persona --help.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import importlib
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import report
@@ -61,6 +64,11 @@ def build_parser(method: str | None) -> FlagParser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--persona" in argv:
+        import demographics
+
+        return demographics.main([word for word in argv if word != "--persona"])
     args = parse_flags(build_parser, argv)
     if args.show:
         show(args.show, args.json)

@@ -5,12 +5,15 @@
 
 rows -> prompt trees -> shared prefill -> responses -> cleaned -> maybe the N most different of M -> appended
 row by row to --save_file. A killed run goes on with --resume and ends with the same file.
+
+`python infer.py --interview` holds interviews for the demographic bias test instead; its flags: --interview --help.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -172,6 +175,11 @@ def check_engine(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--interview" in argv:
+        import interview
+
+        return interview.main([word for word in argv if word != "--interview"])
     args = parse_flags(build_parser, argv)
     if args.self_sample:
         load_method(args.method).self_sampling_defaults(args)

@@ -1,0 +1,216 @@
+"""Interviews: who asks what, which prompt answers, batches that resume bit for bit; the notebook from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from conftest import DIALOGUES, ROOT, command
+from servers import error, ok, serve  # noqa: F401 (fixture)
+
+import demographics
+import infer
+import interview
+import utils
+
+KEY = "sk-not-a-real-key-42"
+NUM, SIZE, TOKENS = 4, 2, 4
+
+
+def hold(model, file, *flags, num: int = NUM, size: int = SIZE) -> list[dict]:
+    infer.main(["--interview", "--model_name_or_path", str(model), "--num_interviews", str(num), "--batch_size", str(size),
+                "--max_new_tokens", str(TOKENS), "--save_file", str(file), *map(str, flags)])
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def refused(capsys, code: int, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        hold(*args)
+    assert stop.value.code == code
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def peft_dir(tiny_dir, tmp_path_factory):
+    """A peft checkpoint of the tiny model, trained for two steps."""
+    out = tmp_path_factory.mktemp("ck")
+    data = out / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in DIALOGUES), encoding="utf-8")
+    done = command("train.py", "--method", "peft", "--model_name", tiny_dir, "--train_file", data, "--exp_name", "p", "--output_dir", out,
+                   "--max_steps", 2, "--save_steps", 2, "--max_length", 1000, "--num_response_per_input", 3, "--max_pos_number", 3, cwd=out)
+    assert done.returncode == 0, done.stderr
+    return out / "p" / "check_2"
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_dir, tmp_path_factory):
+    return hold(tiny_dir, tmp_path_factory.mktemp("base") / "a.jsonl")
+
+
+def as_lines(rows: list[dict]) -> list[bytes]:
+    """The rows as they stand in a file."""
+    return [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows]
+
+
+# ---- what is asked ------------------------------------------------------------------------------
+
+
+def test_every_interview_asks_for_every_attribute_gender_last_and_once_more_where_nothing_was_said(rows):
+    assert [row["interview"] for row in rows] == list(range(NUM))
+    for row in rows:
+        order = list(dict.fromkeys(row["topics"]))
+        assert sorted(order) == sorted(demographics.ATTRIBUTES) and order[-1] == "gender"
+        assert len(row["turns"]) == 2 * len(row["topics"]) and max(Counter(row["topics"]).values()) <= 2
+        for k, topic in enumerate(row["topics"]):
+            question, answer = row["turns"][2 * k], row["turns"][2 * k + 1]
+            again = topic in row["topics"][:k]
+            assert any(question.endswith(q) for q in (interview.AGAIN if again else interview.QUESTIONS)[topic])
+            said = demographics.find(topic, [(topic, answer)])[0]
+            assert (row["topics"][k + 1 :][:1] == [topic]) == (not said and not again)
+    assert len({tuple(row["topics"]) for row in rows}) > 1 and len({row["turns"][0] for row in rows}) > 1
+
+
+def test_the_prompt_is_the_conversation_so_far_as_the_methods_train_it(peft_dir, tmp_path, monkeypatch):
+    """Every prompt is utils.build_prompt of the turns, with the interview's number, all of a batch in one call."""
+    seen, draw = [], interview.utils.build_prompt
+    monkeypatch.setattr(utils, "build_prompt", lambda row, number, base, turns: seen.append((number, base, turns)) or draw(row, number, base, turns))
+    rows = hold(peft_dir, tmp_path / "a.jsonl", num=3, size=3)
+    assert {number for number, _, _ in seen} == {1, 2, 3} and not any(base for _, base, _ in seen)
+    for row in rows:
+        own = [turns for number, _, turns in seen if number == row["number"]]
+        assert own == [utils.label_turns(row["turns"][: 2 * k + 1]) for k in range(len(row["topics"]))]
+
+
+def test_numbers_are_one_per_interview_in_turn_or_new_at_every_turn(peft_dir, tmp_path):
+    """The checkpoint was trained with numbers 1 to 3."""
+    one = hold(peft_dir, tmp_path / "a.jsonl", num=4, size=4)
+    assert [row["number"] for row in one] == [1, 2, 3, 1] and {row["method"] for row in one} == {"peft"}
+    each = hold(peft_dir, tmp_path / "b.jsonl", "--number", "per_turn", num=2)
+    assert all(len(row["number"]) == len(row["topics"]) and {1, 2, 3} >= set(row["number"]) and len(set(row["number"])) > 1 for row in each)
+    assert [row["turns"][0] for row in each] == [row["turns"][0] for row in one[:2]], "all systems are asked in the same words"
+
+
+def test_an_interview_alone_is_the_interview_in_a_batch(tiny_dir, rows, tmp_path):
+    assert hold(tiny_dir, tmp_path / "a.jsonl", num=2, size=1) == rows[:2]
+
+
+# ---- interruptions ------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_to_the_same_file(tiny_dir, rows, tmp_path, capsys):
+    """Killed after its first batch, then cut in the middle of the second row, inside a batch."""
+    file, lines = tmp_path / "cut.jsonl", as_lines(rows)
+    hold(tiny_dir, file, num=1)  # leaves the settings that a resumed run compares
+    settings = json.loads(file.with_suffix(".json").read_text()) | {"kept": "to see that it is written anew"}
+    settings["settings"] |= {"num_interviews": NUM, "batch_size": SIZE}
+    file.with_suffix(".json").write_text(json.dumps(settings))
+    file.write_bytes(lines[0] + lines[1][:40])
+    assert "already there" in refused(capsys, 2, tiny_dir, file)
+    assert "was made with seed 42, now it is 7" in refused(capsys, 2, tiny_dir, file, "--resume", "--seed", 7)
+    hold(tiny_dir, file, "--resume")
+    assert file.read_bytes() == b"".join(lines) and "kept" not in file.with_suffix(".json").read_text()
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--num_interviews", 0], "--num_interviews 0 must be at least 1"), (["--temperature", 0], "--temperature 0.0 must be above 0"),
+    (["--asker", "me"], "is none of scripted"), (["--base_url", "http://h"], "--base_url does nothing with --asker scripted"),
+    (["--number", "per_turn"], "has no possibility number"), (["--method", "peft"], "is a base model"),
+    (["--max_length", 20], "no room for a question"), (["--interviews", 3], "did you mean --num_interviews?")])
+def test_flags_that_cannot_work_are_refused(flags, says, tiny_dir, tmp_path, capsys):
+    assert says in refused(capsys, 2, tiny_dir, tmp_path / "a.jsonl", *flags)
+
+
+# ---- other askers -------------------------------------------------------------------------------
+
+
+def test_a_model_behind_a_server_asks_and_no_key_is_written(serve, tiny_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """It echoes the key and spells an end token, and refuses once: there the script asks, which is counted."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(error(400, f"bad {KEY}"), then=ok(f"Person A: So {KEY} <|im_end|>, who are you?\nPerson B: A thief."))
+    rows = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", "openai:m", "--base_url", server.url, "--max_connections", 1, num=2)
+    questions = [turn for row in rows for turn in row["turns"][::2]]
+    assert questions.count("So [key] < |im_end|>, who are you?") == len(questions) - 1
+    assert json.loads((tmp_path / "a.json").read_text())["scripted_instead"] == 1
+    path, authorization, body = server.seen[-1]
+    assert authorization == f"Bearer {KEY}" and body["temperature"] == 0.5
+    assert interview.SOUGHT["gender"] in body["messages"][0]["content"] and rows[-1]["turns"][1][:5] in body["messages"][0]["content"]
+    said = capsys.readouterr()
+    assert "1 calls without an answer: HTTP 400: bad [key]" in said.err
+    assert KEY not in said.out + said.err and not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_without_a_key_an_asker_behind_a_server_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert "OPENAI_API_KEY is not set" in refused(capsys, 3, "no-such-model", tmp_path / "a.jsonl", "--asker", "openai:gpt-4o")
+
+
+def test_a_model_of_this_machine_asks_the_same_again(tiny_dir, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(interview, "ASKER_TOKENS", 3)
+    asked = hold(tiny_dir, tmp_path / "a.jsonl", "--asker", f"hf:{tiny_dir}", num=1)
+    assert asked == hold(tiny_dir, tmp_path / "b.jsonl", "--asker", f"hf:{tiny_dir}", num=1)
+    assert asked[0]["turns"][0] != rows[0]["turns"][0]
+
+
+# ---- the notebook -------------------------------------------------------------------------------
+
+NOTEBOOK = ROOT / "PersonaGeneration.ipynb"
+
+
+def notebook(models: dict, folder, num: int, batch: int):
+    """The stored notebook with settings of its own after the cell of parameters."""
+    import nbformat
+
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    place = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
+    book.cells.insert(place + 1, nbformat.v4.new_code_cell(
+        f"MODELS, FOLDER = {models!r}, {str(folder)!r}\nNUM_INTERVIEWS, BATCH_SIZE, MAX_NEW_TOKENS = {num}, {batch}, {TOKENS}"))
+    return book
+
+
+def test_the_notebook_is_stored_without_outputs_and_calls_the_modules():
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert code and all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    assert not re.search(r"^\s*(def|class) ", "\n".join("".join(cell["source"]) for cell in code), re.M), "logic lives in the modules"
+
+
+def test_a_notebook_whose_kernel_is_killed_goes_on_from_the_kept_transcripts(tiny_dir, peft_dir, tmp_path, monkeypatch):
+    """The kernel is killed once some batches of the first model are written; a second one ends with an unbroken run's file."""
+    pytest.importorskip("nbclient", reason="pip install -r requirements-dev.txt")
+    from nbclient import NotebookClient
+    from nbclient.exceptions import DeadKernelError
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(os.environ.get("OMP_NUM_THREADS", 2)))
+    models, num, batch = {"base": str(tiny_dir), "peft": str(peft_dir)}, 8, 1
+    folder = tmp_path / "persona"
+    first = NotebookClient(notebook(models, folder, num, batch), timeout=120, resources={"metadata": {"path": str(ROOT)}})
+    transcripts, kept = folder / "base.jsonl", []
+
+    def kill():
+        while not kept:
+            time.sleep(0.01)
+            if transcripts.exists() and transcripts.stat().st_size:
+                os.kill(first.km.provisioner.pid, signal.SIGKILL)
+                kept.append(transcripts.read_bytes())
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(DeadKernelError):
+        first.execute()
+    assert 0 < kept[0].count(b"\n") < num
+
+    book = notebook(models, folder, num, batch)
+    NotebookClient(book, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert transcripts.read_bytes().startswith(kept[0])
+    hold(tiny_dir, tmp_path / "whole.jsonl", num=num, size=batch)
+    assert transcripts.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    outputs = json.dumps([cell.outputs for cell in book.cells if cell.cell_type == "code"])
+    assert "image/png" in outputs and "who Person B says they are" in outputs and "Person A: " in outputs
+    assert {path.suffix for path in folder.glob("persona.*")} == {".json", ".jsonl", ".csv", ".png"}
+    assert KEY not in outputs and not any(KEY.encode() in path.read_bytes() for path in folder.iterdir())
