@@ -134,3 +134,12 @@ def command(script: str, *flags, cwd: Path, **env: str) -> subprocess.CompletedP
     variables = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", **env}
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=cwd, env=variables,
                           capture_output=True, text=True, timeout=300)
+
+
+def refused(capsys, code: int, call, *args) -> str:
+    """What a call says on stderr that ends with an exit code, as it must."""
+    with pytest.raises(SystemExit) as stop:
+        call(*args)
+    said = capsys.readouterr().err
+    assert stop.value.code == code, said
+    return said

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, ROOT, make_model, write_jsonl
+from conftest import CHATML, ROOT, make_model, refused, write_jsonl
 from servers import error, ok, serve  # noqa: F401
 
 import infer
@@ -60,14 +60,6 @@ def settings(**more) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **more})
 
 
-def refused(capsys, call, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    return said
-
-
 # ---- rows ---------------------------------------------------------------------------------------
 
 
@@ -87,7 +79,7 @@ BROKEN = [
 @pytest.mark.parametrize(("row", "said"), BROKEN)
 def test_a_broken_task_row_is_refused_with_file_and_line(tmp_path, files, tiny_dir, capsys, row, said):
     path = write_jsonl(tmp_path / "bad.jsonl", [TASK[0], row])
-    got = refused(capsys, train.main, flags(files, tiny_dir, tmp_path, "--train_file", str(path)))
+    got = refused(capsys, 2, train.main, flags(files, tiny_dir, tmp_path, "--train_file", str(path)))
     assert f"error: {path}:2: " in got and said in got
 
 
@@ -105,12 +97,12 @@ def test_a_diverse_row_may_hold_html_but_not_the_new_token(tmp_path):
     (["--diverse_ratio", "9"], "wants 36 diverse rows for 4 task rows"),
 ])
 def test_flags_that_cannot_work_are_refused(tmp_path, files, tiny_dir, capsys, more, said):
-    assert said in refused(capsys, train.main, flags(files, tiny_dir, tmp_path, *more))
+    assert said in refused(capsys, 2, train.main, flags(files, tiny_dir, tmp_path, *more))
 
 
 def test_a_ratio_without_a_cache_is_refused(files, tiny_dir, tmp_path, capsys):
     argv = without_cache(flags(files, tiny_dir, tmp_path, "--diverse_ratio", "1"))
-    assert "--diverse_ratio needs --diverse_file" in refused(capsys, train.main, argv)
+    assert "--diverse_ratio needs --diverse_file" in refused(capsys, 2, train.main, argv)
 
 
 @pytest.mark.parametrize(("manifest", "said"), [
@@ -123,14 +115,14 @@ def test_a_cache_of_another_model_is_refused_unless_allowed(tmp_path, files, tin
     if manifest is not None:
         (tmp_path / "cache.json").write_text(json.dumps(manifest))
     argv = flags(files, tiny_dir, tmp_path, "--diverse_file", str(cache), "--diverse_ratio", "1", "--dry_run")
-    got = refused(capsys, train.main, argv)
+    got = refused(capsys, 2, train.main, argv)
     assert str(tmp_path / "cache.") in got and said in got and "--allow_foreign_cache" in got
     train.main([*argv, "--allow_foreign_cache"])
     assert "4 task rows + 4 diverse rows" in capsys.readouterr().out
 
 
 def test_a_token_that_the_tokenizer_has_is_no_new_one(tokenizer, capsys):
-    assert "the tokenizer has this token already" in refused(capsys, utils.add_tokens, tokenizer, ["<unk>"])
+    assert "the tokenizer has this token already" in refused(capsys, 2, utils.add_tokens, tokenizer, ["<unk>"])
 
 
 # ---- mixing -------------------------------------------------------------------------------------
@@ -429,12 +421,12 @@ def test_a_server_gets_all_four_turns_and_its_cache_has_no_fingerprint(serve, qu
 ])
 def test_self_sampling_refuses_what_cannot_work(tiny_dir, tmp_path, capsys, row, more, said):
     write_jsonl(tmp_path / "queries.jsonl", [row])
-    assert said in refused(capsys, sample, tiny_dir, tmp_path / "cache.jsonl", *more)
+    assert said in refused(capsys, 2, sample, tiny_dir, tmp_path / "cache.jsonl", *more)
 
 
 def test_a_cache_that_is_there_is_not_overwritten(tiny_dir, queries, tmp_path, capsys):
     (tmp_path / "cache.jsonl").write_text("precious\n")
-    assert "is already there" in refused(capsys, sample, tiny_dir, tmp_path / "cache.jsonl")
+    assert "is already there" in refused(capsys, 2, sample, tiny_dir, tmp_path / "cache.jsonl")
     assert (tmp_path / "cache.jsonl").read_text() == "precious\n"
 
 
@@ -568,7 +560,7 @@ def test_an_evaluation_of_a_run_has_every_figure(runs, tiny_dir, tmp_path, name,
 def test_a_checkpoints_own_token_may_stand_in_test_rows_and_another_special_token_may_not(runs, tmp_path, capsys):
     checkpoint = next(iter(utils.checkpoints_in(runs / "zero")))
     path = write_jsonl(tmp_path / "test.jsonl", [TASK[0], talk("Say <|im_end|> <sep>.", "So.")])
-    said = refused(capsys, infer.main, ["--method", "delia", "--model_name_or_path", str(checkpoint), "--test_file", str(path),
+    said = refused(capsys, 2, infer.main, ["--method", "delia", "--model_name_or_path", str(checkpoint), "--test_file", str(path),
                                         "--save_file", str(tmp_path / "out.jsonl")])
     assert "row 2 spells the special token <|im_end|>" in said
 

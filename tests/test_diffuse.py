@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,14 +28,6 @@ from speed_diffuse import number_row, padded_loss, training_args  # noqa: E402
 
 evaluation = __import__("importlib").import_module("eval")
 LN = math.log
-
-
-def refused(capsys, code, call, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    said = capsys.readouterr().err
-    assert stop.value.code == code, said
-    return said
 
 
 def write_prompt(path, **changes):

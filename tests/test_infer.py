@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import DIALOGUES, ROOT, make_model, write_jsonl
+from conftest import DIALOGUES, ROOT, make_model, refused, write_jsonl
 
 import decoding
 import infer
@@ -40,14 +40,6 @@ def draw(model, test_file, out, *more) -> list[dict]:
     infer.main(["--model_name_or_path", str(model), "--test_file", str(test_file), "--save_file", str(out),
                 "--batch_size", "4", "--max_new_tokens", "6", "--num_response_per_input", "3", *more])
     return [json.loads(line) for line in out.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def refused(capsys, code, call, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    said = capsys.readouterr().err
-    assert stop.value.code == code, said
-    return said
 
 
 def test_every_row_gets_its_responses_in_order_and_the_summary_says_how(checkpoint, test_file, tmp_path):
