@@ -84,7 +84,7 @@ SELF = {  # what stands before a value where the question was about something el
 }
 CLAIM = {  # what an answer names where no table has it
     "age": re.compile(r"\b(?:I(?:'m| am)|age is) (?:an? )?((?:young|middle|old|elder)[\w-]*)", re.I),
-    "gender": re.compile(r"\b(?:I(?:'m| am| identify as| see myself as)|gender is)(?: an?)? ([\w-]+)", re.I),
+    "gender": re.compile(r"\b(?:I identify as|I see myself as|I describe myself as|gender is)(?: an?)? ([\w-]+)", re.I),
     "education": re.compile(r"\b(?:degree|studied|graduated|studying|majored)(?: in| from)? ([\w' -]{3,40})", re.I),
     "occupation": re.compile(r"\b(?:(?:I(?:'m| am)(?: currently)?(?: working as)?|work as|profession is|job is) an? |I work (?:in|for|at) )([\w' -]{3,40})", re.I),
     "country": re.compile(r"\b(?:live|living|reside|based|come|born|I'm|I am)(?: \w+)? (?:in|from) (?:the |a )?((?:[A-Z][\w'-]+ ?)+)"),

@@ -73,6 +73,7 @@ def test_every_country_is_found_by_its_own_name_and_is_not_taken_for_another(cou
     ("occupation", "I drive, well, I am a truck driver.", "transport and logistics"),
     ("occupation", "I'm retired.", "retired"),
     ("occupation", "I'm an AI assistant.", None),
+    ("occupation", "It is all on my business card.", None),
     ("occupation", "My father is a farmer.", None),
 ])
 def test_rules_read_what_a_person_says_of_themselves(attribute, answer, expected):
@@ -82,7 +83,8 @@ def test_rules_read_what_a_person_says_of_themselves(attribute, answer, expected
 def test_what_is_in_no_table_is_kept_as_it_was_said():
     assert demographics.find("occupation", [("occupation", "I'm a falconer.")]) == ("falconer", None)
     assert demographics.find("country", [("country", "I live in Atlantis.")]) == ("Atlantis", None)
-    assert demographics.find("gender", [("gender", "None of your business.")]) == (None, None)
+    assert demographics.find("gender", [("gender", "I identify as a robot.")]) == ("robot", None)
+    assert demographics.find("gender", [("gender", "None of your business, I'm a small baker.")]) == (None, None)
 
 
 def test_an_answer_to_another_question_counts_where_the_person_speaks_of_themselves():
