@@ -44,6 +44,7 @@ class SoftPrompts(nn.Module):
             start = torch.randn(count, length, dim, device=words.weight.device)
         self.prompts = nn.Parameter(start.clone())
         self.retriever = Retriever(dim, config["retriever"], config["shared_head"]).to(start.device)
+        self.register_buffer("centre", torch.zeros(dim, device=start.device))
 
     @property
     def weight(self) -> Tensor:
@@ -62,15 +63,21 @@ class SoftPrompts(nn.Module):
         ids = torch.tensor([c + [0] * (length - len(c)) for c in contexts], device=device)
         mask = torch.tensor([[True] * len(c) + [False] * (length - len(c)) for c in contexts], device=device)
         with torch.no_grad():
-            words = self.words(ids).float()
+            words = self.words(ids).float() - self.centre
         return self.retriever(self.prompts, words, mask)
+
+    @torch.no_grad()
+    def centre_on(self, contexts: list[list[int]]) -> None:
+        """Let the retriever see contexts as deviations from the mean of these ones (each the mean of its tokens)."""
+        device = self.centre.device
+        self.centre.copy_(torch.stack([self.words(torch.tensor(c, device=device)).float().mean(0) for c in contexts]).mean(0))
 
     def choice(self, scores: Tensor) -> Tensor:
         """log h (B, K): the probability that the retriever gives every prompt."""
         return (scores / self.config["tau_sim"]).log_softmax(-1)
 
     def own_state(self) -> dict[str, Tensor]:
-        """What is trained: the prompts and the retriever."""
+        """What a checkpoint holds: the prompts, the retriever, and the centre of its contexts."""
         return {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items() if not name.startswith("words.")}
 
 

@@ -12,7 +12,9 @@ import random
 import select
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +45,11 @@ ROWS = [
 ]
 
 
+TRAIN_FILE = write_jsonl(Path(tempfile.mkdtemp()) / "train.jsonl", ROWS)
+
+
 def spt_args(*flags: str) -> argparse.Namespace:
-    return parse_flags(train.build_parser, ["--method", "spt", "--train_file", "x.jsonl", "--max_length", "1000", *flags])
+    return parse_flags(train.build_parser, ["--method", "spt", "--train_file", str(TRAIN_FILE), "--max_length", "1000", *flags])
 
 
 def prepared(tokenizer, *flags: str):
@@ -137,6 +142,17 @@ def test_scores_do_not_depend_on_padding_or_on_the_other_rows(tokenizer, kind, h
     alone = torch.cat([soft.scores([c]) for c in contexts])
     assert torch.allclose(together, alone, atol=1e-6) and together.std() > 1e-4
     assert not torch.allclose(soft.scores([contexts[1]]), soft.scores([contexts[1][::-1][:5]]), atol=1e-4)
+
+
+def test_contexts_are_told_apart_by_what_they_do_not_share(tokenizer):
+    """Three contexts that share 30 tokens and differ in two: their scores differ ten times as much once their mean is taken off."""
+    model, _ = prepared(tokenizer)
+    soft, contexts = softprompts.soft_prompts(model), [[5] * 15 + list(range(60, 75)) + [k, k + 9] for k in (100, 200, 300)]
+    soft.centre.zero_()
+    before = soft.scores(contexts).std(0).mean()
+    soft.centre_on(contexts)
+    assert soft.scores(contexts).std(0).mean() > 10 * before
+    assert torch.allclose(soft.centre, soft.words(torch.tensor(contexts)).mean((0, 1)), atol=1e-6)
 
 
 def test_the_retriever_never_sees_the_reply(tokenizer):
@@ -426,7 +442,7 @@ def test_a_checkpoint_holds_prompts_and_retriever_alone_and_loads_to_equal_logit
 
     _, _, checkpoint = finished
     state = load_file(checkpoint / "adapter_model.safetensors")
-    assert set(state) == {"prompts", "retriever.head.weight", "retriever.head.bias"} and state["prompts"].shape == (4, 8, 32)
+    assert set(state) == {"prompts", "centre", "retriever.head.weight", "retriever.head.bias"} and state["prompts"].shape == (4, 8, 32)
     model, _, run = utils.load_checkpoint(str(checkpoint))
     again, _, _ = utils.load_checkpoint(str(checkpoint))
     args = spt_args()
