@@ -252,16 +252,23 @@ def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -
 
 
 def score_logits(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -> tuple[Tensor, Tensor]:
-    """The logits (P, V), float32, that predict a packed batch's scored tokens, and the place (S,) of each token's logits."""
+    """The logits (P, V), float32, that predict a packed batch's scored tokens, and the place (S,) of each token's logits.
+
+    The last token of a leaf predicts nothing and nothing sees it, so it is only a target and not computed.
+    """
     parents = batch["parent"][batch["token"]]
     positions, place = torch.unique(parents, return_inverse=True)  # (P,), (S,)
     if not len(positions):  # nothing to score; keep the graph, so that DDP sees every parameter
         positions = batch["parent"].new_zeros(1)
+    last = batch["last"]
+    inner = last != torch.arange(len(last), device=last.device)
+    inner[positions] = True
+    rank = inner.cumsum(0) - 1  # a token's index among those computed
     logits = model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        attention_mask=attention_mask(batch["last"], implementation),
-        logits_to_keep=positions,
+        input_ids=batch["input_ids"][:, inner],
+        position_ids=batch["position_ids"][:, inner],
+        attention_mask=attention_mask(rank[last[inner]], implementation),
+        logits_to_keep=rank[positions],
         use_cache=False,
     ).logits[0].float()  # (P, V)
     return logits, place

@@ -96,9 +96,9 @@ def compare(model, tokenizer, row: dict, args) -> dict:
     padded_seconds = seconds(lambda: padded_losses.append(padded_step(model, prompt, sequences, row["weights"])))
     return {
         "targets": len(sequences), "ratio": round(padded_seconds / trie_seconds, 1),
-        "tokens": trees.num_tokens(tree), "padded_tokens": sum(
+        "tokens": trees.num_tokens(tree) - len(sequences), "padded_tokens": sum(
             len(chunk) * (len(prompt) + max(map(len, chunk))) for chunk in
             (sequences[start : start + CHUNK] for start in range(0, len(sequences), CHUNK))),
         "seconds": round(trie_seconds, 3), "padded_seconds": round(padded_seconds, 2),
         "gb": round(trie_gb, 2), "padded_gb": round(peak_gb(), 2),
-        "loss_difference": abs(trie_losses[0] - padded_losses[0]) / padded_losses[0]}
+        "loss_difference": float(f"{abs(trie_losses[0] - padded_losses[0]) / padded_losses[0]:.1e}")}
