@@ -340,9 +340,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
             "trained": runs[file]["args"]["attributes"], "guidance": rows[0].get("guidance", 1.0),
             "conditions": {write_want(dict(key)): describe(own, reference, schema, num_rows) for key, own in replies.items()},
             "effects": effects(replies, schema, num_rows, reference)}
-    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False))
-    utils.atomic_write(save_file.with_suffix(".jsonl"),
-                       "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    utils.write_figures(save_file, summary, lines)
     print_figures(summary)
     print(f"a line per reply: {save_file.with_suffix('.jsonl')}; summary: {save_file.with_suffix('.json')}")
     return summary

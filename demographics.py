@@ -276,10 +276,8 @@ def evaluate(files: list[str], save_file: str | Path, model=None, limit: int | N
         lines += [{"system": name, "interview": row["interview"], **(own or {"unread": True})} for row, own in zip(rows, found, strict=True)]
     if len({own["interviews"] for own in summary["systems"].values()}) > 1:
         utils.note(f"note: files of {[own['interviews'] for own in summary['systems'].values()]} interviews; distinct values grow with their number")
-    utils.atomic_write(save_file.with_suffix(".jsonl"),
-                       "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    utils.write_figures(save_file, summary, lines)
     utils.atomic_write(save_file.with_suffix(".csv"), as_csv(summary))
-    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False))
     plot(summary, save_file.with_suffix(".png"))
     return summary
 

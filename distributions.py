@@ -115,9 +115,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
             "tasks": by_task(rows, figures)}
         lines += [{"system": name, "file": row.get("file"), "prompt": row["prompt"], "targets": row["targets"],
                    "weights": row["weights"], **own} for row, own in zip(rows, figures, strict=True)]
-    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False))
-    utils.atomic_write(save_file.with_suffix(".jsonl"),
-                       "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    utils.write_figures(save_file, result, lines)
     plots = save_file.parent / f"{save_file.stem}_plots"
     first = next(iter(systems.values()))
     for label, row in zip(labels(first), first, strict=True):

@@ -144,9 +144,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
     baseline = next(iter(result["systems"].values()))["published"]
     for own in result["systems"].values():
         own["published"]["AVG gain"] = mean_gain(own["published"], baseline)
-    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False))
-    utils.atomic_write(save_file.with_suffix(".jsonl"),
-                       "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    utils.write_figures(save_file, result, lines)
     utils.atomic_write(save_file.with_suffix(".csv"), table_csv(result))
     print_figures(result)
     print(f"a line per row: {save_file.with_suffix('.jsonl')}; summary: {save_file.with_suffix('.json')}; "

@@ -340,9 +340,7 @@ def evaluate(systems: dict[str, list[dict]], files: list[str], save_file: Path) 
         lines += [{"system": name, "prompt": row["prompt"], "phrasing": row.get("phrasing"), "label": row["label"],
                    "asks_format": row["asks_format"], "negated": row["negated"], "reply": row["preds"][0],
                    "parsed": parsed, "read": read} for row, parsed, read in zip(rows, v["parsed"], v["read"], strict=True)]
-    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False))
-    utils.atomic_write(save_file.with_suffix(".jsonl"),
-                       "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    utils.write_figures(save_file, result, lines)
     print_figures(result)
     print(f"a line per reply: {save_file.with_suffix('.jsonl')}; summary: {save_file.with_suffix('.json')}")
     return result

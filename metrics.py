@@ -197,16 +197,13 @@ def utility_k(classes: Sequence[int], utilities: Sequence[float | None], patienc
 
 def semantic_entropy(classes: Sequence[int]) -> float | None:
     """Discrete semantic entropy (Kuhn et al., arXiv:2302.09664) over class frequencies, in nats."""
-    if not len(classes):
-        return None
-    p = np.unique(classes, return_counts=True)[1] / len(classes)
-    return float(-(p * np.log(p)).sum())
+    return entropy(np.unique(classes, return_counts=True)[1])
 
 
 def effective_number(classes: Sequence[int]) -> float | None:
     """exp of the semantic entropy: as many equally frequent classes would have it; at most k."""
-    entropy = semantic_entropy(classes)
-    return None if entropy is None else float(np.exp(entropy))
+    nats = semantic_entropy(classes)
+    return None if nats is None else float(np.exp(nats))
 
 
 def yield_of_classes(classes: Sequence[int], coherent: Sequence[bool]) -> int:

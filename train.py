@@ -202,14 +202,17 @@ class TreeStream:
     def __init__(self, method, rows, tokenizer, args, length: int):
         self.build = lambda index, epoch: build(method, rows[index], index, epoch, tokenizer, args)
         self.num_rows, self.seed, self.length = len(rows), args.seed, length
-        self.order = (lambda rng: method.order_rows(rows, args, rng)) if "mix" in vars(args) else self.shuffled
+        self.order_rows = (lambda rng: method.order_rows(rows, args, rng)) if "mix" in vars(args) else self.shuffled
+        self.epoch, self.order = -1, []
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, item: int):
         epoch, place = divmod(item, self.num_rows)
-        return self.build(self.order(random.Random(f"{self.seed}-{epoch}"))[place], epoch)
+        if epoch != self.epoch:  # shuffled once an epoch, not once an item
+            self.epoch, self.order = epoch, self.order_rows(random.Random(f"{self.seed}-{epoch}"))
+        return self.build(self.order[place], epoch)
 
     def shuffled(self, rng: random.Random) -> list[int]:
         order = list(range(self.num_rows))

@@ -263,6 +263,13 @@ def repair_tail(path: str | Path) -> None:
         note(f"note: {path} ended in half a row; the fragment is kept in {path.name}.torn")
 
 
+def write_figures(save_file: Path, summary: dict, lines: list[dict]) -> None:
+    """An evaluation's X.json and X.jsonl, whatever the suffix of save_file; raises ValueError over nan."""
+    atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False))
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    atomic_write(save_file.with_suffix(".jsonl"), text)
+
+
 def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Append rows, flushed and synced before it returns; NaN is refused, not written."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, write_jsonl
+from conftest import ROOT, make_model, make_tokenizer, refused, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,14 +62,6 @@ def prepared(tokenizer, *flags: str):
 
 def packed(rows, tokenizer, args) -> dict:
     return trees.pack([spt.build_tree(row, tokenizer, args, random.Random(0)) for row in rows])
-
-
-def died(capsys, code: int, call, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    said = capsys.readouterr().err
-    assert stop.value.code == code, said
-    return said
 
 
 # ---- losses by hand -----------------------------------------------------------------------------
@@ -375,7 +367,7 @@ def test_the_published_text_format_is_read_with_and_without_candidates_and_perso
     ("1 hi\tho\nhello\n", ":2: must be a number, a space and text"), ("1 hi\t\n", ":1: must be an utterance"), ("", "no rows"),
 ])
 def test_faults_of_text_files_are_named_by_line(tmp_path, capsys, text, said):
-    assert f"valid.txt{said}".replace("txtno", "txt: no") in died(capsys, 2, personas.read, convai(tmp_path, text))
+    assert f"valid.txt{said}".replace("txtno", "txt: no") in refused(capsys, 2, personas.read, convai(tmp_path, text))
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -385,7 +377,7 @@ def test_faults_of_text_files_are_named_by_line(tmp_path, capsys, text, said):
 ])
 def test_faults_of_jsonl_rows_are_named_by_line(tmp_path, capsys, change, said):
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], ROWS[0] | change])
-    assert f"{path}:2: {said}" in died(capsys, 2, personas.read, str(path))
+    assert f"{path}:2: {said}" in refused(capsys, 2, personas.read, str(path))
 
 
 def test_the_projects_persona_set_is_whole_and_split_by_person():
@@ -423,7 +415,7 @@ def test_the_oldest_turns_go_first_and_the_persona_stays(tokenizer):
 ])
 def test_flags_that_cannot_work_are_refused(tmp_path, capsys, flags, said):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    assert said in died(capsys, 2, train.main, ["--method", "spt", "--train_file", str(path), *flags])
+    assert said in refused(capsys, 2, train.main, ["--method", "spt", "--train_file", str(path), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -518,13 +510,13 @@ def test_prompts_are_chosen_fixed_drawn_all_or_fused(finished, tmp_path):
     (["--decoding", "list"], "--decoding list does not work"), (["--decoding", "greedy", "--num_response_per_input", "2"], "would repeat"),
 ])
 def test_drawing_flags_that_cannot_work_are_refused(finished, tmp_path, capsys, flags, said):
-    assert said in died(capsys, 2, lambda: drawn(finished, tmp_path, "x", *flags))
+    assert said in refused(capsys, 2, lambda: drawn(finished, tmp_path, "x", *flags))
 
 
 def test_a_checkpoint_asks_for_its_method(finished, tmp_path, capsys):
     path, _, checkpoint = finished
     argv = ["--model_name_or_path", f"{checkpoint}/", "--test_file", str(path), "--save_file", str(tmp_path / "x.jsonl")]
-    assert "add --method spt" in died(capsys, 2, infer.main, argv)
+    assert "add --method spt" in refused(capsys, 2, infer.main, argv)
 
 
 # ---- chat ---------------------------------------------------------------------------------------
