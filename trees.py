@@ -20,7 +20,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 CONTEXT, LIKELIHOOD, UNLIKELIHOOD = 0, 1, 2  # the role of a segment's tokens in a loss
 
@@ -216,7 +220,7 @@ def take(batch: dict[str, Tensor | int], above: list[int], start: int, end: int)
 
 
 def attention_mask(last: Tensor, implementation: str = "sdpa"):
-    """The attention rule, as the boolean (1, 1, T, T) matrix of SDPA or as FlexAttention's BlockMask.
+    """The attention rule, as the boolean (1, 1, T, T) matrix of SDPA or, for flex_attention, as FlexAttention's BlockMask.
 
     True = may attend. FlexAttention never builds the matrix, so memory grows with T instead of T^2.
     """
@@ -239,19 +243,40 @@ def mask_mod(last: Tensor):
     return rule
 
 
-def score(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -> Tensor:
+def sdpa_by_tree(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, tree_lengths: list[int] | None = None, **kwargs):
+    """SDPA, tree by tree where a packed row says how long its trees are: no token attends to another tree.
+
+    query (1, H, T, D) -> (1, T, H, D), as transformers has it. The cost falls from the square of all tokens to the sum
+    of the trees' squares.
+    """
+    if tree_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs, start = [], 0
+    for length in tree_lengths:
+        own = slice(start, start + length)
+        outputs.append(sdpa_attention_forward(
+            module, query[:, :, own], key[:, :, own], value[:, :, own], attention_mask[:, :, own, own], **kwargs)[0])
+        start += length
+    return torch.cat(outputs, 1), None
+
+
+AttentionInterface.register("sdpa_by_tree", sdpa_by_tree)
+AttentionMaskInterface.register("sdpa_by_tree", sdpa_mask)
+
+
+def score(model, batch: dict[str, Tensor | int]) -> Tensor:
     """Log-probabilities (S,) in nats, float32, of a packed batch's scored tokens.
 
     The logits that predict token i stand at parent[i], so only the distinct parents of scored tokens
     are asked of the model (`logits_to_keep`), through its ordinary forward: wrappers such as DDP,
     FSDP and PEFT stay intact. The full (T, V) logits are never built.
     """
-    logits, place = score_logits(model, batch, implementation)
+    logits, place = score_logits(model, batch)
     targets = batch["input_ids"][0, batch["token"]]
     return logits[place, targets] - logits.logsumexp(-1)[place]
 
 
-def score_logits(model, batch: dict[str, Tensor | int], implementation: str = "sdpa") -> tuple[Tensor, Tensor]:
+def score_logits(model, batch: dict[str, Tensor | int]) -> tuple[Tensor, Tensor]:
     """The logits (P, V), float32, that predict a packed batch's scored tokens, and the place (S,) of each token's logits.
 
     The last token of a leaf predicts nothing and nothing sees it, so it is only a target and not computed.
@@ -264,18 +289,23 @@ def score_logits(model, batch: dict[str, Tensor | int], implementation: str = "s
     inner = last != torch.arange(len(last), device=last.device)
     inner[positions] = True
     rank = inner.cumsum(0) - 1  # a token's index among those computed
+    implementation = extract_model_from_parallel(model).config._attn_implementation
+    own = {}
+    if implementation == "sdpa_by_tree":
+        starts = (batch["parent"][inner] == -1).nonzero().flatten().tolist()
+        own["tree_lengths"] = [end - start for start, end in zip(starts, [*starts[1:], int(inner.sum())], strict=True)]
     logits = model(
         input_ids=batch["input_ids"][:, inner],
         position_ids=batch["position_ids"][:, inner],
         attention_mask=attention_mask(rank[last[inner]], implementation),
         logits_to_keep=rank[positions],
         use_cache=False,
+        **own,
     ).logits[0].float()  # (P, V)
     return logits, place
 
 
-def score_in_parts(model, batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int,
-                   implementation: str = "sdpa") -> Tensor:
+def score_in_parts(model, batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int) -> Tensor:
     """What `score` gives, in parts of at most max_leaves leaves and max_tokens tokens.
 
     With gradients each part is computed a second time on the way back, so that one part at a time is in memory.
@@ -284,8 +314,8 @@ def score_in_parts(model, batch: dict[str, Tensor | int], max_leaves: int, max_t
 
     parts = split(batch, max_leaves, max_tokens)
     if len(parts) == 1:
-        return score(model, batch, implementation)
-    return torch.cat([checkpoint(score, model, part, implementation, use_reentrant=False) for part in parts])
+        return score(model, batch)
+    return torch.cat([checkpoint(score, model, part, use_reentrant=False) for part in parts])
 
 
 def sum_by_row(values: Tensor, row: Tensor, num_rows: int) -> Tensor:

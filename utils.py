@@ -564,6 +564,8 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    import trees  # noqa: F401  knows sdpa_by_tree
+
     cuda = torch.cuda.is_available()
     kwargs = {"dtype": torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32}
     if load_in_4bit:
@@ -577,6 +579,8 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
             raise
         die(3, f"--attn_implementation {attn_implementation} does not work here: {str(error)[:150]}",
             "sdpa and eager work everywhere, flex_attention on GPUs")
+    if attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_by_tree")
     model.generation_config = GenerationConfig()
     if cuda and not load_in_4bit:
         model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")

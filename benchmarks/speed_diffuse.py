@@ -39,7 +39,7 @@ def measure_diffuse(model_name: str) -> dict:
 def training_args() -> argparse.Namespace:
     """The published adapter; all targets at a time."""
     return argparse.Namespace(
-        method="diffuse", batch_size=None, max_batch_tokens=10**6, attn_implementation="sdpa", load_in_4bit=False,
+        method="diffuse", batch_size=None, max_batch_tokens=10**6, load_in_4bit=False,
         gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0,
         lora_target_modules=diffuse.DEFAULTS["lora_target_modules"])
 

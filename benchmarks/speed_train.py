@@ -39,7 +39,7 @@ def training_args(num_response_per_input: int) -> argparse.Namespace:
     return argparse.Namespace(
         method="peft", num_response_per_input=num_response_per_input, max_pos_number=9, max_num_negatives_per_sample=60,
         ul_weight=0.5, ul_words="content", no_ul=False, number=True, warmup_steps=-1, micro_step=0, max_length=4000, max_input_length=4000,
-        attn_implementation="sdpa", load_in_4bit=False, gradient_checkpointing=False, lora_r=16, lora_alpha=32,
+        load_in_4bit=False, gradient_checkpointing=False, lora_r=16, lora_alpha=32,
         lora_dropout=0.0, lora_target_modules=["q_proj", "k_proj", "v_proj"])
 
 

@@ -166,7 +166,7 @@ def compute_loss(model, batch: dict, args):
     """Mean of -log p over all tokens of texts and their ends, in nats."""
     import trees
 
-    loss = -trees.score(model, batch, args.attn_implementation).mean()
+    loss = -trees.score(model, batch).mean()
     return loss, {"loss": loss.detach()}
 
 

@@ -254,7 +254,7 @@ def compute_loss(model, batch: dict, args):
     """
     import trees
 
-    logps = trees.score(model, batch, args.attn_implementation)
+    logps = trees.score(model, batch)
     row, num_rows = batch["row"], batch["num_rows"]
     counts = trees.sum_by_row(logps.new_ones(len(row)), row, num_rows)
     losses = trees.sum_by_row(-logps, row, num_rows) / counts  # every row has its end token, so counts are above 0

@@ -261,7 +261,7 @@ def losses_and_floors(model, batch: dict, args):
     """Per prompt of a packed batch: the loss and the entropy of its targets' weights, both (num_rows,), in nats."""
     import trees
 
-    logps = trees.score_in_parts(model, batch, args.batch_size or len(batch["last"]), args.max_batch_tokens, args.attn_implementation)
+    logps = trees.score_in_parts(model, batch, args.batch_size or len(batch["last"]), args.max_batch_tokens)
     weight, row, token = batch["weight"], batch["row"], batch["token"]
     is_leaf = batch["last"][token] == token  # the weight of a target's last token is the target's own
     entropy = -weight * weight.log() * is_leaf

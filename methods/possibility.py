@@ -183,7 +183,7 @@ def compute_loss(model, batch: dict, args):
     """Likelihood + ul_weight * unlikelihood in nats: token means within a context, then the mean of contexts."""
     import trees
 
-    return loss_of(trees.score(model, batch, args.attn_implementation), batch, args)
+    return loss_of(trees.score(model, batch), batch, args)
 
 
 def loss_of(logps, batch: dict, args):

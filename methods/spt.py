@@ -195,7 +195,7 @@ def compute_loss(model, batch: dict, args):
     import trees
 
     soft = softprompts.soft_prompts(model)
-    logits, place = trees.score_logits(model, batch, args.attn_implementation)
+    logits, place = trees.score_logits(model, batch)
     targets = batch["input_ids"][0, batch["token"]]
     logps, row = softprompts.by_prompt(logits[place, targets] - logits.logsumexp(-1)[place], batch)
     nll = softprompts.mean_nll(logps, row, batch["num_rows"])

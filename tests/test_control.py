@@ -36,7 +36,7 @@ DOCUMENTS = [{"texts": row["candidates"] + row["context"].split("\n")} for row i
 
 def arguments(**changes) -> SimpleNamespace:
     own = dict(num_branches=None, schema=SCHEMA, attributes=list(SCHEMA), control_tokens=None, banned_ids=None, max_length=64, max_new_tokens=8,
-               from_scratch=False, attn_implementation="sdpa", lora_r=2, lora_alpha=4, lora_dropout=0.0, load_in_4bit=False,
+               from_scratch=False, lora_r=2, lora_alpha=4, lora_dropout=0.0, load_in_4bit=False,
                gradient_checkpointing=False, lora_target_modules=["q_proj", "v_proj"])
     return SimpleNamespace(**{**own, **changes})
 

@@ -14,7 +14,7 @@ import trees
 from flags import FlagParser
 from methods import possibility
 from trees import CONTEXT, LIKELIHOOD, UNLIKELIHOOD, Segment, Tree
-from utils import add_lora, add_lora_args, encode_prompt
+from utils import add_lora, add_lora_args, encode_prompt, load_model
 
 
 def possibility_args(**changes):
@@ -23,7 +23,7 @@ def possibility_args(**changes):
     possibility.add_args(parser)
     add_lora_args(parser)
     args = parser.parse_args([])
-    shared = dict(method="peft", max_length=500, max_input_length=300, attn_implementation="sdpa", micro_step=0,
+    shared = dict(method="peft", max_length=500, max_input_length=300, micro_step=0,
                   load_in_4bit=False, gradient_checkpointing=False, lora_dropout=0.0, lora_r=4)
     vars(args).update(shared | changes)
     possibility.settle_method(args)
@@ -166,6 +166,28 @@ def test_only_the_logits_that_are_needed_are_asked_for(tiny_model):
     tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     trees.score(tiny_model, trees.pack([nine_tokens()]))
     assert seen == [4]
+
+
+def test_attention_of_a_packed_row_is_computed_tree_by_tree(tiny_model, monkeypatch):
+    """Trees of 9 and 3 tokens, of which the last ones of leaves are not computed: four of the first, one of the
+    second. So no call has more than 5 keys, and the log-probabilities are those of one dense call a layer."""
+    forest = [nine_tokens(), Tree(Segment([5, 6], children=[Segment([7], LIKELIHOOD)]))]
+    batch, lengths, plain = trees.pack(forest), [], trees.sdpa_attention_forward
+
+    def watched(module, query, key, *args, **kwargs):
+        lengths.append(key.shape[2])
+        return plain(module, query, key, *args, **kwargs)
+
+    monkeypatch.setattr(trees, "sdpa_attention_forward", watched)
+    by_tree = trees.score(tiny_model, batch)
+    assert lengths == [5, 2] * tiny_model.config.num_hidden_layers
+    tiny_model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(by_tree, trees.score(tiny_model, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_model_computes_attention_tree_by_tree_unless_told_otherwise(tiny_dir):
+    assert load_model(tiny_dir).config._attn_implementation == "sdpa_by_tree"
+    assert load_model(tiny_dir, "eager").config._attn_implementation == "eager"
 
 
 def test_a_forest_without_scored_tokens_gives_an_empty_score(tiny_model):
