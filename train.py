@@ -491,7 +491,10 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 control.should_save = control.should_training_stop = True
 
     stream = TreeStream(method, rows, tokenizer, args, total * contexts_per_step)
-    trainer = TreeTrainer(model=model, args=settings, train_dataset=stream, data_collator=pack,
+    optimizer = None  # Trainer's own
+    if args.method in OWN_ADAPTER:
+        optimizer = torch.optim.AdamW(method.parameter_groups(model, args), args.learning_rate, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+    trainer = TreeTrainer(model=model, args=settings, train_dataset=stream, data_collator=pack, optimizers=(optimizer, None),
                           callbacks=[Progress, *trackers(args.report_to, settings)])
     if "early_stop" in vars(args):
         trainer.add_callback(Passes())

@@ -22,7 +22,7 @@ OWN_EVALUATION = {  # a field of every row, and the module with figures for such
     "asks_format": "instructions",
     "wants": "attributes",
 }
-OWN_ADAPTER = ("spt",)  # methods whose checkpoints hold no PEFT adapter: save_adapter, load_adapter, restore_adapter
+OWN_ADAPTER = ("spt",)  # methods whose checkpoints hold no PEFT adapter: parameter_groups, save_adapter, load_adapter, restore_adapter
 OWN_PLAN = ("spt",)  # methods that answer rows in a way of their own in infer.py
 
 

@@ -26,6 +26,7 @@ Differences from the paper's code:
 - Fusion mixes probabilities (`--fusion logits_raw` is published: logits weighted by raw scores; logits_norm weights them by h).
 - Noise on the selection target is added to its logits; on probabilities it can make them negative, and the loss nan.
 - Similarity of personas is symmetric and cached; rows without a persona are compared by their dialogue.
+- `--retriever_learning_rate`: prompts want a far larger rate than the matrix that chooses among them; published is one for both.
 - `--prompt_init vocab` starts from random words instead of standard normal rows, which are far larger than words.
 - Rows of one batch may use different prompts, so decoding does not run a batch once per prompt.
 """
@@ -58,6 +59,7 @@ def add_args(group) -> None:
     group.add_argument("--retriever", choices=["linear", "transformer"], default="linear", help="pooled embeddings (default), or encoded first")
     group.add_argument("--heads", choices=["shared", "separate"], default="shared",
                        help="one linear head for prompts and contexts, as published (default), or one each")
+    group.add_argument("--retriever_learning_rate", type=float, help="AdamW learning rate of the retriever (default: --learning_rate, as published)")
     group.add_argument("--w_lm", type=float, default=1.0, help="weight of the language-model loss (default: %(default)s)")
     group.add_argument("--w_sel", "--selective_loss_weight", dest="w_sel", type=float, default=0.4, help="weight of the selection loss (default: %(default)s)")
     group.add_argument("--w_fuse", type=float, default=1.0, help="weight of the fusion loss (default: %(default)s)")
@@ -82,6 +84,9 @@ def load_rows(args) -> list[dict]:
     for name in ("w_lm", "w_sel", "w_fuse", "w_ctr", "target_noise"):
         if not 0 <= getattr(args, name) < math.inf:
             utils.die(2, f"--{name} {getattr(args, name)} must be at least 0")
+    rate = args.retriever_learning_rate
+    if rate is not None and not 0 < rate < math.inf:
+        utils.die(2, f"--retriever_learning_rate {rate} must be above 0")
     for name in ("tau_gold", "tau_sim"):
         if not 0 < getattr(args, name) < math.inf:
             utils.die(2, f"--{name} {getattr(args, name)} must be above 0")
@@ -116,6 +121,16 @@ def prepare_model(model, tokenizer, args):
         rows = personas.read(args.train_file)[: args.limit][:CENTRE_ROWS]
         soft.centre_on([retrieval_ids(row, tokenizer, args) for row in rows])
     return model
+
+
+def parameter_groups(model, args) -> list[dict]:
+    """What the optimizer learns: the prompts, and the retriever at a rate of its own."""
+    import softprompts
+
+    soft = softprompts.soft_prompts(model)
+    retriever = [p for p in soft.retriever.parameters() if p.requires_grad]
+    groups = [{"params": [soft.prompts]}]
+    return groups + ([{"params": retriever, "lr": args.retriever_learning_rate or args.learning_rate}] if retriever else [])
 
 
 def save_adapter(model, folder: str) -> None:

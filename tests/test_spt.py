@@ -409,6 +409,7 @@ def test_the_oldest_turns_go_first_and_the_persona_stays(tokenizer):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--K", "0"], "--num_prompts 0 must be at least 1"), (["--num_virtual_tokens", "0"], "--prompt_length 0 must be at least 1"),
     (["--tau_sim", "0"], "--tau_sim 0.0 must be above 0"), (["--w_ctr", "-1"], "--w_ctr -1.0 must be at least 0"),
+    (["--retriever_learning_rate", "0"], "--retriever_learning_rate 0.0 must be above 0"),
     (["--w_lm", "0", "--w_sel", "0", "--w_fuse", "0", "--w_ctr", "0"], "there is nothing to learn"),
     (["--lora_r", "8"], "--lora_r does nothing with method spt"), (["--max_context_turns", "0"], "keeps no turn"),
     (["--ul_weight", "1"], "option --ul_weight is unknown for this method"), (["--retriever", "dense"], "invalid choice"),
@@ -464,6 +465,21 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, tmp
     assert (tmp_path / "a" / "check_4" / "adapter_model.safetensors").read_bytes() == (checkpoint / "adapter_model.safetensors").read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert {"lm_loss", "sel_loss", "fuse_loss", "ctr_loss", "usage_entropy", "agreement", "use_4"} <= set(lines[-1])
+
+
+def test_the_retriever_may_learn_at_a_rate_of_its_own(finished, tmp_path):
+    """Adam's first step moves every entry by the learning rate: after one step at 1e-2 and at 1e-4 the same prompts stand
+    beside retrievers that are 0.0099 apart."""
+    from safetensors.torch import load_file
+
+    _, flags, _ = finished
+    states = []
+    for name, own in (("shared", []), ("own", ["--retriever_learning_rate", "1e-4"])):
+        train.main([*flags, *own, "--max_steps", "1", "--output_dir", str(tmp_path), "--exp_name", name])
+        states.append(load_file(tmp_path / name / "check_1" / "adapter_model.safetensors"))
+    shared, own = states
+    assert torch.equal(shared["prompts"], own["prompts"])
+    assert (shared["retriever.head.weight"] - own["retriever.head.weight"]).abs().max().item() == pytest.approx(0.0099, rel=1e-3)
 
 
 def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(finished, tmp_path):
