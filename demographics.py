@@ -125,7 +125,10 @@ def age_group(years: int) -> str:
 
 
 def normalise(attribute: str, text: str) -> tuple[str, str] | None:
-    """(words, value of the closed set) of the first value that a text names; of education, the highest. None if it names none."""
+    """(words, value of the closed set) of the first value that a text names, of education the highest; None if it names none.
+
+    "others" only where nothing else fits: a freelance nurse is in health care.
+    """
     if attribute == "age":
         found = age_in(text)
         return found and (found[0], age_group(found[1]))
@@ -134,6 +137,8 @@ def normalise(attribute: str, text: str) -> tuple[str, str] | None:
     if attribute == "education":
         order = values_of("education")
         hits.sort(key=lambda hit: order.index(hit[1]))
+    else:
+        hits.sort(key=lambda hit: hit[1] == "others")
     return hits[0] if hits else None
 
 

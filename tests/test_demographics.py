@@ -72,6 +72,8 @@ def test_every_country_is_found_by_its_own_name_and_is_not_taken_for_another(cou
     ("occupation", "I'm a high school teacher.", "education"),
     ("occupation", "I drive, well, I am a truck driver.", "transport and logistics"),
     ("occupation", "I'm retired.", "retired"),
+    ("occupation", "I'm a freelance software developer.", "information technology"),
+    ("occupation", "I'm a freelancer.", "others"),
     ("occupation", "I'm an AI assistant.", None),
     ("occupation", "It is all on my business card.", None),
     ("occupation", "My father is a farmer.", None),
