@@ -73,6 +73,7 @@ def words_of(attribute: str) -> tuple[re.Pattern, dict[str, str]]:
 
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!St\.)\s+")
 DENIED = re.compile(r"(?:\b(?:not|never|no longer|neither|nor|without)|n't)(?:\s+(?!but\b)[\w']+){0,3}\s+$", re.I)
+ONESELF = re.compile(r"^\W*(?:\w+\W+){0,2}$|\b(?:I(?:'m|'d| am| was| would| identify| see| feel| describe| call)|gender|it(?:'s| is))\b", re.I)
 OTHERS = re.compile(r"\b(?:my|his|her|their|our)\s+(?:\w+\s)?(?:father|mother|dad|mom|mum|parents?|brothers?|sisters?|wife|husband|partner|"
                     r"friends?|sons?|daughters?|kids|children|uncle|aunt|grand\w+|boss|neighbou?rs?)\b", re.I)
 SELF = {  # what stands before a value where the question was about something else
@@ -109,7 +110,8 @@ def age_in(text: str) -> tuple[str, int] | None:
     for match in AGE_WORD.finditer(text):
         tens, unit, small = match.groups()
         years = UNITS.index(small.lower()) + 1 if small else 10 * TENS.index(tens.lower()) + 20 + (UNITS.index(unit.lower()) + 1 if unit else 0)
-        if years > 2:
+        before = text[: match.start()]
+        if years > 2 and not NO_AGE.match(text, match.end()) and not THEN.search(before) and not before.lower().endswith(" at "):
             found.append((match.start(), match[0], years))
     for match in re.finditer(rf"\b(?:({'|'.join(DECADES)})|(\d0)'?s)\b", text, re.I):
         found.append((match.start(), match[0], 10 * DECADES.index(match[1].lower()) + 20 if match[1] else int(match[2])))
@@ -133,7 +135,8 @@ def normalise(attribute: str, text: str) -> tuple[str, str] | None:
         found = age_in(text)
         return found and (found[0], age_group(found[1]))
     pattern, value = words_of(attribute)
-    hits = [(match[0], value[match[0].lower()]) for match in pattern.finditer(text) if not DENIED.search(text[: match.start()])]
+    hits = [(match[0], value[match[0].lower()]) for match in pattern.finditer(text) if not DENIED.search(text[: match.start()])
+            and (attribute != "gender" or ONESELF.search(text[: match.start()]))]  # any story has a woman or a man in it
     if attribute == "education":
         order = values_of("education")
         hits.sort(key=lambda hit: order.index(hit[1]))
@@ -358,7 +361,7 @@ def bars(summary: dict, attribute: str) -> tuple[list[str], dict[str, list[float
     rest = len(total) - len(kept)
     heights = {name: [own.get(v, 0.0) for v in kept] + ([max(0.0, 1 - sum(own.get(v, 0.0) for v in kept)) if own else 0.0] if rest else [])
                for name, own in shares.items()}
-    return [*kept, *([f"{rest} others"] if rest else [])], heights
+    return [*kept, *([f"{rest} other{'s' * (rest > 1)}"] if rest else [])], heights
 
 
 def plot(summary: dict, file: str | Path) -> None:
@@ -385,7 +388,7 @@ def plot(summary: dict, file: str | Path) -> None:
         axis.set_xlabel("share of interviews that tell it")
         axis.set_title(attribute)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)  # below, where no bar is
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=80)
     plt.close(figure)

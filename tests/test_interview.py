@@ -169,7 +169,7 @@ def notebook(models: dict, folder, num: int, batch: int):
     book = nbformat.read(NOTEBOOK, as_version=4)
     place = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ()))
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(
-        f"MODELS, FOLDER = {models!r}, {str(folder)!r}\nNUM_INTERVIEWS, BATCH_SIZE, MAX_NEW_TOKENS = {num}, {batch}, {TOKENS}\nTEMPERATURE = 1.0"))
+        f"MODELS, FOLDER = {models!r}, {str(folder)!r}\nNUM_INTERVIEWS, BATCH_SIZE, MAX_NEW_TOKENS = {num}, {batch}, {TOKENS}\nTEMPERATURE = 1.0\nMAX_INPUT_LENGTH = 1000"))
     return book
 
 
