@@ -30,6 +30,7 @@ from flags import FlagParser, parse_flags
 from methods import METHODS, OWN_ADAPTER, OWN_INFERENCE, load_method
 
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha", "lora_target_modules")
+SCHEDULES = ("constant_with_warmup", "linear", "cosine")
 
 
 def build_parser(method: str | None) -> FlagParser:
@@ -54,7 +55,9 @@ def build_parser(method: str | None) -> FlagParser:
     utils.add_lora_args(group)
     group = parser.add_argument_group("training")
     group.add_argument("--method", default=method, choices=trainable, help="what is learnt (default: peft)")
-    group.add_argument("--learning_rate", type=float, default=1e-5, help="constant (default: %(default)s)")
+    group.add_argument("--learning_rate", type=float, default=1e-5, help="AdamW learning rate (default: %(default)s)")
+    group.add_argument("--lr_scheduler_type", choices=SCHEDULES, default=SCHEDULES[0],
+                       help="constant (default, as published), or falling to 0 at the last step")
     group.add_argument("--per_device_train_batch_size", type=int, default=1, help="contexts per micro-step (default: 1)")
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per update (default: 1)")
     group.add_argument("--num_train_epochs", type=int, default=1, help="passes over the rows at most (default: %(default)s)")
@@ -294,7 +297,8 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
             hint = "--allow_data_change goes on with the new rows" if name == "data_sha256" else \
                 "use the same value, or another --exp_name"
             utils.die(2, f"--resume {checkpoint}: {name} was {before}, now it is {now}", hint)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"):
+    falls = ("max_steps", "num_train_epochs") if args.lr_scheduler_type != SCHEDULES[0] else ()  # where the rate ends
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", *falls):
         if saved["args"][name] != run["args"][name]:
             utils.note(f"warning: {name} was {saved['args'][name]}, now {run['args'][name]}: "
                        "the run goes on, but not bit for bit as an uninterrupted one")
@@ -318,7 +322,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         output_dir=str(run_dir / ".staging"),
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type="constant_with_warmup",
+        learning_rate=args.learning_rate, weight_decay=args.weight_decay, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=vars(args).get("lr_warmup_steps", 0),
         max_grad_norm=args.max_grad_norm or (0.3 if args.clip_norm else 0.0),
         optim="adamw_torch", adam_epsilon=args.adam_epsilon,

@@ -48,6 +48,19 @@ def finished(tiny_dir, train_file, tmp_path_factory) -> Path:
     return out / "whole"
 
 
+def test_the_learning_rate_falls_to_zero_where_it_is_told_to_and_a_longer_run_is_warned(tiny_dir, train_file, tmp_path, capsys):
+    """Two updates: the first at 1e-2, the second at half of it, for the line ends at 0 after the second; constant by default."""
+    for name, more, rates in (("falls", ["--lr_scheduler_type", "linear"], [0.01, 0.005]), ("stays", [], [0.01, 0.01])):
+        argv = flags(tiny_dir, train_file, tmp_path, "--exp_name", name, "--max_steps", "4", "--num_train_epochs", "5", *more)
+        train.main(argv)
+        log = json.loads((tmp_path / name / "check_4" / "trainer_state.json").read_text())["log_history"]
+        assert [line["learning_rate"] for line in log if "learning_rate" in line] == rates
+        capsys.readouterr()
+        train.main([*argv, "--max_steps", "8", "--resume"])
+        warned = "max_steps was 4, now 8" in capsys.readouterr().err
+        assert warned == (name == "falls")
+
+
 # ---- what a run leaves --------------------------------------------------------------------------
 
 
