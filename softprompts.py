@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FIRST_VIRTUAL = 1 << 24  # no vocabulary is that large
+COMMON = 0.5  # weight of what all contexts share in what the retriever sees of one; 0: it cannot learn that a prompt is best for most
 KIND = "SELECTIVE_PROMPT_TUNING"
 
 
@@ -64,7 +65,7 @@ class SoftPrompts(nn.Module):
         mask = torch.tensor([[True] * len(c) + [False] * (length - len(c)) for c in contexts], device=device)
         with torch.no_grad():
             words = self.words(ids).float() - self.centre
-        return self.retriever(self.prompts, words, mask)
+        return self.retriever(self.prompts, words, mask, self.centre)
 
     @torch.no_grad()
     def centre_on(self, contexts: list[list[int]]) -> None:
@@ -104,10 +105,11 @@ class Retriever(nn.Module):
         mean = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return F.layer_norm(mean, mean.shape[-1:])
 
-    def forward(self, prompts: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, prompts: Tensor, words: Tensor, mask: Tensor, centre: Tensor) -> Tensor:
+        """Scores (B, K) of contexts whose words stand there less the centre; what all contexts share comes back at COMMON of their size."""
         whole = torch.ones(prompts.shape[:2], dtype=torch.bool, device=prompts.device)
         p = (self.prompt_head or self.head)(self.pool(prompts, whole))  # (K, d)
-        q = self.head(self.pool(words, mask))  # (B, d)
+        q = self.head(self.pool(words, mask) + COMMON * F.layer_norm(centre, centre.shape))  # (B, d)
         cosine = F.cosine_similarity(q[:, None], p[None], dim=-1)
         return F.softplus(cosine, beta=10, threshold=1)
 

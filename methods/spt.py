@@ -19,8 +19,9 @@ w_lm at 0 is plain prompt tuning (Lester et al., arXiv:2104.08691).
 Differences from the paper's code:
 - The retriever sees persona and dialogue, masked, in training as in inference; the code averages over pads and, in training, over
   the very reply. Both sides are layer-normalised before the head.
-- The retriever sees a context's deviation from the mean of the training contexts: as they are, their means point the same way
-  (cosine 0.96 with SmolLM2's embeddings), and one prompt is chosen for all.
+- The retriever sees a context's deviation from the mean of the training contexts, plus that mean at half its size: as they are,
+  contexts point the same way (cosine 0.96 with SmolLM2's embeddings) and one prompt is chosen for all; from deviations alone it
+  cannot learn that a prompt is best for most, and gives new people what suits those of the training set least.
 - Messages are in the tokenizer's own chat template, the same in training and inference; the end token is learnt; masks come from
   segments and not from matching tokens; the oldest turns go first when something is too long, the persona never.
 - Fusion mixes probabilities (`--fusion logits_raw` is published: logits weighted by raw scores; logits_norm weights them by h).

@@ -118,7 +118,7 @@ def test_scores_follow_the_published_softplus():
     retriever.head.weight.data, retriever.head.bias.data = torch.eye(4), torch.zeros(4)
     axis = torch.tensor([1.0, -1.0, 1.0, -1.0])
     prompts = torch.stack([axis, -axis, torch.tensor([1.0, 1.0, -1.0, -1.0])])[:, None]
-    scores = retriever(prompts, axis[None, None], torch.ones(1, 1, dtype=torch.bool))
+    scores = retriever(prompts, axis[None, None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(4))
     assert scores[0].tolist() == pytest.approx([1.0, 4.5e-6, math.log(2) / 10], abs=1e-4)
 
 
@@ -145,6 +145,21 @@ def test_contexts_are_told_apart_by_what_they_do_not_share(tokenizer):
     soft.centre_on(contexts)
     assert soft.scores(contexts).std(0).mean() > 10 * before
     assert torch.allclose(soft.centre, soft.words(torch.tensor(contexts)).mean((0, 1)), atol=1e-6)
+
+
+def test_a_preference_that_all_contexts_share_is_learnt_for_contexts_never_seen(tokenizer):
+    """40 random contexts, for all of which prompt 2 is best. Of deviations from their mean alone no linear map has one sign, so
+    new contexts would be given the opposite; with the mean beside them, prompt 2 is chosen for new ones too."""
+    model, _ = prepared(tokenizer, "--K", "2", "--heads", "separate")
+    soft, rng = softprompts.soft_prompts(model), random.Random(0)
+    contexts = [[rng.randrange(60, 400) for _ in range(12)] for _ in range(60)]
+    soft.centre_on(contexts[:40])
+    optimizer, nll = torch.optim.AdamW(soft.retriever.parameters(), lr=1e-3), torch.tensor([[1.0, 0.5]] * 40)
+    for _ in range(60):
+        softprompts.selection_loss(nll, soft.choice(soft.scores(contexts[:40])), 0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert soft.scores(contexts[40:]).argmax(-1).float().mean() > 0.9
 
 
 def test_the_retriever_never_sees_the_reply(tokenizer):
