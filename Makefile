@@ -1,5 +1,5 @@
 # make demo   everything on the embedded model, from set-up to the result table (15 minutes on 2 cores)
-# make test   set-up and all tests (12 minutes)
+# make test   set-up and all tests (8 minutes)
 # make control  method control on the embedded model: four models x nine conditions, one table (an hour)
 # make lint   ruff
 # make clean  what demo and test have made
