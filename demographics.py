@@ -73,6 +73,7 @@ def words_of(attribute: str) -> tuple[re.Pattern, dict[str, str]]:
 
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!St\.)\s+")
 DENIED = re.compile(r"(?:\b(?:not|never|no longer|neither|nor|without)|n't)(?:\s+(?!but\b)[\w']+){0,3}\s+$", re.I)
+# before a gender that is the speaker's own: at most two words, or a word of claim
 ONESELF = re.compile(r"^\W*(?:\w+\W+){0,2}$|\b(?:I(?:'m|'d| am| was| would| identify| see| feel| describe| call)|gender|it(?:'s| is))\b", re.I)
 OTHERS = re.compile(r"\b(?:my|his|her|their|our)\s+(?:\w+\s)?(?:father|mother|dad|mom|mum|parents?|brothers?|sisters?|wife|husband|partner|"
                     r"friends?|sons?|daughters?|kids|children|uncle|aunt|grand\w+|boss|neighbou?rs?)\b", re.I)

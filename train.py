@@ -299,8 +299,9 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
             utils.die(2, f"--resume {checkpoint}: {name} was {before}, now it is {now}", hint)
     falls = ("max_steps", "num_train_epochs") if args.lr_scheduler_type != SCHEDULES[0] else ()  # where the rate ends
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", *falls):
-        if saved["args"][name] != run["args"][name]:
-            utils.note(f"warning: {name} was {saved['args'][name]}, now {run['args'][name]}: "
+        before = saved["args"].get(name, SCHEDULES[0])  # runs before there was a choice of schedules had the first
+        if before != run["args"][name]:
+            utils.note(f"warning: {name} was {before}, now {run['args'][name]}: "
                        "the run goes on, but not bit for bit as an uninterrupted one")
     print(f"resuming from {checkpoint}")
     return checkpoint
