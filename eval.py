@@ -22,10 +22,19 @@ import pickle
 import sys
 from pathlib import Path
 
-import report
 import utils
 from flags import FlagParser, parse_flags
 from methods import own_evaluation
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import Embedder, load_embedder
+from modeling.prompts import label_turns
+from persona import figures
+from scoring import equivalence, judge_api, judge_local, judge_prompt
+from scoring.common import add_controls, measure, summarise
+from scoring.judge_local import LocalProxy
+from scoring.judge_prompt import INCOHERENT
+from scoring.report import page, table
+from utils import UNSCORED, USAGE, fail, info
 
 JUDGED_CONTROLS = 10  # rows; their diversity is measured in all
 
@@ -66,16 +75,13 @@ def build_parser(method: str | None) -> FlagParser:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--persona" in argv:
-        import demographics
 
-        return demographics.main([word for word in argv if word != "--persona"])
+        return figures.main([word for word in argv if word != "--persona"])
     args = parse_flags(build_parser, argv)
     if args.show:
         show(args.show, args.json)
         return
     save_file = check_flags(args)
-    import equivalence
-    import figures
 
     asked = connect(args, save_file) if args.judge == "api" else None  # a missing key shows before any row is read
     systems = read_systems(args.eval_file, args.limit)
@@ -83,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     if kind:
         importlib.import_module(kind).evaluate(systems, args.eval_file, save_file)
         return
-    given = systems if args.no_controls else figures.add_controls(systems)
-    embedder, classifier = figures.Embedder(utils.load_embedder()), equivalence.load_classifier()
+    given = systems if args.no_controls else add_controls(systems)
+    embedder, classifier = Embedder(load_embedder()), equivalence.load_classifier()
     embedder.encode([text for rows in given.values() for row in rows for text in (row.get("prompt") or row["context"], *row["preds"])])
     if asked:
         verdicts, judge = judge_by_api(asked, given if args.judge_controls else systems, args)
@@ -93,13 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     else:
         verdicts, judge = judge_by_model(args.judge.removeprefix("hf:"), given, args)
 
-    measured = {name: figures.measure(rows, verdicts, embedder, classifier) for name, rows in given.items()}
-    summary = figures.summarise(measured, dict(zip(systems, args.eval_file, strict=True)), judge, embedder, classifier)
+    measured = {name: measure(rows, verdicts, embedder, classifier) for name, rows in given.items()}
+    summary = summarise(measured, dict(zip(systems, args.eval_file, strict=True)), judge, embedder, classifier)
     write_logs(save_file, summary, measured)
     if args.json:
         print(json.dumps(summary, allow_nan=False))
     else:
-        report.print_table(summary)
+        table.print_table(summary)
         page = save_file.with_suffix(".html")
         print(f"figures and replies: {page} (open it in a browser); one line per response: {save_file.with_suffix('.jsonl')}; "
               f"summary: {save_file.with_suffix('.json')}")
@@ -110,21 +116,21 @@ def main(argv: list[str] | None = None) -> None:
 def check_flags(args) -> Path:
     """The file to save to; dies over flags that cannot work, before anything is loaded."""
     if not args.eval_file or not args.save_file:
-        utils.die(2, "--eval_file and --save_file are required", "or --show FILE for the table of a finished evaluation")
+        fail(USAGE, "--eval_file and --save_file are required", "or --show FILE for the table of a finished evaluation")
     save_file = Path(args.save_file)
     if save_file.suffix not in (".json", ".pkl"):
-        utils.die(2, f"--save_file {save_file} must end in .json or .pkl", f"{save_file.with_suffix('.json')}")
+        fail(USAGE, f"--save_file {save_file} must end in .json or .pkl", f"{save_file.with_suffix('.json')}")
     for name in ("limit", "max_connections", "timeout", "timeout_total", "max_tokens1", "max_tokens2"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            utils.die(2, f"--{name} {getattr(args, name)} must be above 0")
+            fail(USAGE, f"--{name} {getattr(args, name)} must be above 0")
     if not 0 <= args.fail_on_error <= 1:
-        utils.die(2, f"--fail_on_error {args.fail_on_error} is a share, 0 to 1")
+        fail(USAGE, f"--fail_on_error {args.fail_on_error} is a share, 0 to 1")
     named = [f"--{name}" for name in ("judge1", "judge2", "base_url1", "base_url2", "policy") if getattr(args, name)]
     args.judge = args.judge or ("api" if named else "local")
     if args.judge not in ("local", "api") and not args.judge.startswith("hf:"):
-        utils.die(2, f"--judge {args.judge} is none of local, api, hf:MODEL", "a model behind a server: --judge1 PROVIDER:MODEL")
+        fail(USAGE, f"--judge {args.judge} is none of local, api, hf:MODEL", "a model behind a server: --judge1 PROVIDER:MODEL")
     if named and args.judge != "api":
-        utils.die(2, f"{named[0]} does nothing with --judge {args.judge}", "drop one of the two")
+        fail(USAGE, f"{named[0]} does nothing with --judge {args.judge}", "drop one of the two")
     lone = (args.judge1 or args.base_url1) and not (args.judge2 or args.base_url2)
     args.policy = args.policy or ("first" if lone else "published")
     return save_file
@@ -149,19 +155,19 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
         rows = utils.read_jsonl(file, check)[:limit]
         name = Path(file).stem
         if name in systems:
-            utils.die(2, f"--eval_file: two files are called {name}", "rename one")
+            fail(USAGE, f"--eval_file: two files are called {name}", "rename one")
         first = next(iter(systems.values()), rows)
         if [utils.row_hash(r) for r in rows] != [utils.row_hash(r) for r in first]:
-            utils.die(2, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
+            fail(USAGE, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
                       "compare files made from one --test_file")
         k = max(len(row["preds"]) for row in rows)
         missing = sum(k - len(row["preds"]) for row in rows)
         if not k:
-            utils.die(2, f"{file} holds no responses at all", "look into its warnings, and draw again")
+            fail(USAGE, f"{file} holds no responses at all", "look into its warnings, and draw again")
         if rows is not first and k != len(first[0]["preds"]) and not own_evaluation({name: rows}):
-            utils.die(2, f"{file} has {k} preds a row, {files[0]} has {len(first[0]['preds'])}", "compare files with equally many")
+            fail(USAGE, f"{file} has {k} preds a row, {files[0]} has {len(first[0]['preds'])}", "compare files with equally many")
         if missing:
-            utils.note(f"note: {file}: {missing} of {k * len(rows)} responses are missing; they count as empty")
+            info(f"{file}: {missing} of {k * len(rows)} responses are missing; they count as empty")
         systems[name] = [row | {"preds": row["preds"] + [""] * (k - len(row["preds"]))} for row in rows]
     return systems
 
@@ -182,9 +188,8 @@ def judge_locally(name: str, systems: dict[str, list[dict]], embedder) -> tuple[
     """By the local proxy; all systems' replies to a row are branches of one prompt tree."""
     from tqdm import tqdm
 
-    from judges import LocalProxy
 
-    model, tokenizer, _ = utils.load_checkpoint(name)
+    model, tokenizer, _ = load_checkpoint(name)
     judge, rows = LocalProxy(model, tokenizer, embedder), replies_of(systems)
     judge.calibrate([row for row, _ in rows], progress=lambda items: tqdm(items, desc="calibrate judge", unit="row"))
     verdicts = []
@@ -205,9 +210,8 @@ def judge_by_model(name: str, systems: dict[str, list[dict]], args) -> tuple[lis
     """By the expected rating under a chat model on this machine."""
     from tqdm import tqdm
 
-    import judges
 
-    judge = judges.HFJudge(*utils.load_checkpoint(name)[:2])
+    judge = judge_local.HFJudge(*load_checkpoint(name)[:2])
     verdicts, masses = [], []
     for row, texts in tqdm(replies_of(systems), desc="judge", unit="row"):
         full = [text for text in texts if text.strip()]
@@ -216,21 +220,20 @@ def judge_by_model(name: str, systems: dict[str, list[dict]], args) -> tuple[lis
         verdicts.append(dict.fromkeys(texts, rated(None)) | {text: rated(float(r)) for text, r in zip(full, ratings, strict=True)})
     mass = sum(masses) / max(1, len(masses))
     described = {"name": "expected rating of a local model", "model": name, "mass": round(mass, 4)}
-    text = f"coherent: expected rating above {judges.INCOHERENT} of 10 under {name}, which gives ratings {100 * mass:.0f} % of its probability"
+    text = f"coherent: expected rating above {judge_prompt.INCOHERENT} of 10 under {name}, which gives ratings {100 * mass:.0f} % of its probability"
     if not args.no_canaries:
-        scores = [float(judge.score(row, [reply])[0][0]) for row, reply in judges.canary_items()]
-        described["canaries"] = judges.canary_result(scores)
-        text += report.canary_text(described["canaries"])
+        scores = [float(judge.score(row, [reply])[0][0]) for row, reply in judge_prompt.canary_items()]
+        described["canaries"] = judge_prompt.canary_result(scores)
+        text += table.canary_text(described["canaries"])
     return verdicts, described | {"text": text}
 
 
 def connect(args, save_file: Path):
     """The judge behind servers; its answers go into X.judgements.jsonl, where a rerun finds them."""
-    import judges
 
-    stages = [judges.parse_stage(n, getattr(args, f"judge{n}"), getattr(args, f"base_url{n}"), getattr(args, f"temperature{n}"),
+    stages = [judge_api.parse_stage(n, getattr(args, f"judge{n}"), getattr(args, f"base_url{n}"), getattr(args, f"temperature{n}"),
                                  getattr(args, f"max_tokens{n}"), args.timeout) for n in (1, 2)]
-    return judges.APIJudge(stages, args.policy, save_file.with_suffix(".judgements.jsonl"), args.max_connections,
+    return judge_api.APIJudge(stages, args.policy, save_file.with_suffix(".judgements.jsonl"), args.max_connections,
                            args.timeout_total, args.key_file)
 
 
@@ -238,11 +241,10 @@ def judge_by_api(judge, systems: dict[str, list[dict]], args) -> tuple[list[dict
     """By one or two models behind servers; empty replies are not sent, they are incoherent."""
     from tqdm import tqdm
 
-    import judges
 
     rows = replies_of(systems)
     items = [(row, text) for row, texts in rows for text in texts if text.strip()]
-    canaries = [] if args.no_canaries else judges.canary_items()
+    canaries = [] if args.no_canaries else judge_prompt.canary_items()
     found = judge.judge(items + canaries, progress=tqdm)
     answers = iter(found)
     verdicts = []
@@ -251,19 +253,18 @@ def judge_by_api(judge, systems: dict[str, list[dict]], args) -> tuple[list[dict
         for text in filter(str.strip, texts):
             verdict = next(answers)
             stages = {f"judge{n}": stage and stage._asdict() for n, stage in ((1, verdict.stage1), (2, verdict.stage2))}
-            prompt = judges.plan_call(judge.stages[0], row, text).message
+            prompt = judge_api.plan_call(judge.stages[0], row, text).message
             verdicts[-1][text] = rated(verdict.score, verdict.reason) | stages | {"prompt": prompt}
     described = judge.describe() | {"unscored": True}
-    text = f"coherent: rated above {judges.INCOHERENT} of 10 by {', '.join(described['stages'])} (policy {described['policy']})"
+    text = f"coherent: rated above {judge_prompt.INCOHERENT} of 10 by {', '.join(described['stages'])} (policy {described['policy']})"
     if canaries:
-        described["canaries"] = judges.canary_result([verdict.score for verdict in answers])
-        text += report.canary_text(described["canaries"])
+        described["canaries"] = judge_prompt.canary_result([verdict.score for verdict in answers])
+        text += table.canary_text(described["canaries"])
     return verdicts, described | {"text": text}
 
 
 def rated(score: float | None, reason: str | None = None) -> dict:
     """The verdict of a rating; without rating and reason the reply is empty, hence incoherent."""
-    from judges import INCOHERENT
 
     coherent = score > INCOHERENT if score is not None else None if reason else False
     words = f"{score:.3g}/10" if score is not None else f"unscored: {reason}" if reason else "empty"
@@ -292,14 +293,14 @@ def write_logs(save_file: Path, summary: dict, measured: dict[str, list[dict]]) 
                     "gpt4_out": second and second["text"], "gpt4_score": second and {"Coherence rating:": second["score"]}})
     text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     utils.atomic_write(save_file.with_suffix(".jsonl"), text)
-    utils.atomic_write(save_file.with_suffix(".html"), report.render(summary, page_rows(measured)))
+    utils.atomic_write(save_file.with_suffix(".html"), page.render(summary, page_rows(measured)))
     if save_file.suffix == ".pkl":
         save_file.write_bytes(pickle.dumps(published))
     utils.atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False))
 
 
 def page_rows(measured: dict[str, list[dict]]) -> list[dict]:
-    """What report.render shows of every prompt."""
+    """What page.render shows of every prompt."""
     pages = []
     for i, first in enumerate(next(iter(measured.values()))):
         row, systems = first["row"], {}
@@ -308,7 +309,7 @@ def page_rows(measured: dict[str, list[dict]]) -> list[dict]:
             replies = [{"text": text, "class": c, "coherent": v["coherent"], "verdict": v.get("words", ""), "why": why(v)}
                        for text, c, v in zip(m["preds"], m["classes"], m["verdicts"], strict=True)]
             systems[name] = {"replies": replies, "yield": m["yield"], "similarity": (m["embeddings"] @ m["embeddings"].T).tolist()}
-        turns = utils.label_turns(row["context"]) if "context" in row else None
+        turns = label_turns(row["context"]) if "context" in row else None
         pages.append({"text": row.get("prompt") or row["context"], "turns": turns, "systems": systems})
     return pages
 
@@ -323,10 +324,10 @@ def show(file: str, as_json: bool) -> None:
     """Print the table of a summary that was written before."""
     try:
         summary = json.loads(Path(file).read_text(encoding="utf-8"))
-        printer = importlib.import_module(summary["kind"]).print_figures if "kind" in summary else report.print_table
+        printer = importlib.import_module(summary["kind"]).print_figures if "kind" in summary else table.print_table
         print(json.dumps(summary)) if as_json else printer(summary)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        utils.die(2, f"--show {file}: not a summary of eval.py ({type(error).__name__}: {error})", "give an eval_logs/X.json")
+        fail(USAGE, f"--show {file}: not a summary of eval.py ({type(error).__name__}: {error})", "give an eval_logs/X.json")
 
 
 def stop_if_unscored(summary: dict, allowed: float) -> None:
@@ -334,7 +335,7 @@ def stop_if_unscored(summary: dict, allowed: float) -> None:
     real = [s for s in summary["systems"].values() if s.get("unscored") is not None]
     unscored, asked = sum(sum(s["unscored"].values()) for s in real), sum(s["responses"] for s in real)
     if unscored > allowed * asked:
-        utils.die(4, f"{unscored} of {asked} replies are unscored, --fail_on_error allows {allowed:.0%}",
+        fail(UNSCORED, f"{unscored} of {asked} replies are unscored, --fail_on_error allows {allowed:.0%}",
                   "the same command asks again about those that met a timeout or an HTTP error")
 
 

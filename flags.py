@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import die
+from utils import USAGE, fail
 
 RETIRED_FLAGS = {  # what people still type, and what replaces it
     "warmup_ratio": "use --warmup_steps (micro-steps of likelihood only)",
@@ -36,16 +36,16 @@ class FlagParser(argparse.ArgumentParser):
         self.ignored: set[str] = set()  # config keys of another script that reads the same file
 
     def error(self, message: str) -> None:
-        die(2, message, f"python {self.prog} --help lists all flags")
+        fail(USAGE, message, f"python {self.prog} --help lists all flags")
 
     def unknown(self, name: str, where: str) -> None:
         """Die over a flag or config key that this parser does not have."""
         if name in RETIRED_FLAGS:
-            die(2, f"{where} was removed", RETIRED_FLAGS[name])
+            fail(USAGE, f"{where} was removed", RETIRED_FLAGS[name])
         known = [a.dest for a in self._actions]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean --{near[0]}?" if near else f"python {self.prog} --help lists all flags"
-        die(2, f"{where} is unknown for this method", hint)
+        fail(USAGE, f"{where} is unknown for this method", hint)
 
     def parse_args(self, argv=None, namespace=None):
         args, rest = self.parse_known_args(argv, namespace)
@@ -54,7 +54,7 @@ class FlagParser(argparse.ArgumentParser):
                 name = word[2:].split("=")[0]
                 self.unknown(name, f"option --{name}")
         if rest:
-            die(2, f"unexpected argument {rest[0]!r}", f"python {self.prog} --help lists all flags")
+            fail(USAGE, f"unexpected argument {rest[0]!r}", f"python {self.prog} --help lists all flags")
         return args
 
 
@@ -81,7 +81,7 @@ def read_config(path: str) -> dict[str, tuple[object, int]]:
 
     file = Path(path)
     if not file.is_file():
-        die(2, f"config {path} is not a file", "give a YAML file; examples are in configs/")
+        fail(USAGE, f"config {path} is not a file", "give a YAML file; examples are in configs/")
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -92,9 +92,9 @@ def read_config(path: str) -> dict[str, tuple[object, int]]:
         problem = "unsafe tag" if unsafe else "not valid YAML"
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
-        die(2, f"{place}: {problem}: {' '.join(str(error).split())[:200]}", "use plain key: value lines")
+        fail(USAGE, f"{place}: {problem}: {' '.join(str(error).split())[:200]}", "use plain key: value lines")
     if not isinstance(values, dict):
-        die(2, f"{path}: must be a mapping of flag names to values, got {type(values).__name__}",
+        fail(USAGE, f"{path}: must be a mapping of flag names to values, got {type(values).__name__}",
             "one key: value a line, keys as in --help")
     config = {key: (value, lines[key]) for key, value in values.items()}
     for key, inner in node.value:
@@ -110,9 +110,9 @@ def key_lines(node, path: str) -> dict[str, int]:
     for key, _ in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
         if key.tag != "tag:yaml.org,2002:str":
-            die(2, f"{place}: a key must be a flag's name, got {key.value!r}", "keys are the names in --help")
+            fail(USAGE, f"{place}: a key must be a flag's name, got {key.value!r}", "keys are the names in --help")
         if key.value in lines:
-            die(2, f"{place}: key {key.value!r} stands twice", "keep one")
+            fail(USAGE, f"{place}: key {key.value!r} stands twice", "keep one")
         lines[key.value] = key.start_mark.line + 1
     return lines
 
@@ -131,7 +131,7 @@ def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path
         if value is not None:
             value = coerce(action, value, where)
         elif action.default is not None or action.required:
-            die(2, f"{where} has no value", "give one, or delete the line")
+            fail(USAGE, f"{where} has no value", "give one, or delete the line")
         action.required = False
         parser.set_defaults(**{action.dest: value})
 
@@ -140,13 +140,13 @@ def coerce(action: argparse.Action, value: object, where: str) -> object:
     """A config value as its flag would have read it (YAML 1.1 reads 1e-4 as a string)."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
-            die(2, f"{where} must be true or false, got {value!r}")
+            fail(USAGE, f"{where} must be true or false, got {value!r}")
         return value
     if action.nargs == "?" and isinstance(value, bool):
         return action.const if value else None
     many = action.nargs in ("+", "*")
     if many != isinstance(value, list):
-        die(2, f"{where} must be {'a list' if many else 'one value'}, got {value!r}")
+        fail(USAGE, f"{where} must be {'a list' if many else 'one value'}, got {value!r}")
     convert = action.type or str
     try:
         items = value if many else [value]
@@ -154,10 +154,10 @@ def coerce(action: argparse.Action, value: object, where: str) -> object:
             raise ValueError
         items = [convert(str(item)) for item in items]
     except ValueError:
-        die(2, f"{where} must be of type {convert.__name__}, got {value!r}", "quote words such as \"no\" and \"on\"")
+        fail(USAGE, f"{where} must be of type {convert.__name__}, got {value!r}", "quote words such as \"no\" and \"on\"")
     for item in items:
         if action.choices and item not in action.choices:
-            die(2, f"{where} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
+            fail(USAGE, f"{where} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
     return items if many else items[0]
 
 

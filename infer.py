@@ -19,8 +19,17 @@ from collections import Counter
 from pathlib import Path
 
 import utils
+from decoding import asking, selection
+from decoding.engines import Local, Server
+from decoding.replies import clean_reply
+from decoding.selection import FLOOR
 from flags import FlagParser, parse_flags
 from methods import METHODS, OWN_INFERENCE, OWN_PLAN, load_method
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import load_embedder
+from modeling.prompts import refuse_special_tokens
+from persona import interview
+from utils import TRY_LATER, UNSCORED, USAGE, fail, info, warn
 
 FILTERS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": 0.0}  # off
 BY_TREE = ("sampling", "greedy", "beam", "diverse")
@@ -101,23 +110,23 @@ def check_flags(args) -> None:
                  "num_beams", "num_beam_groups", "overgenerate", "max_connections", "timeout", "timeout_total"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            utils.die(2, f"--{name} {value} must be at least 1")
+            fail(USAGE, f"--{name} {value} must be at least 1")
     for name, (default, decodings) in OWN_FLAGS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
         elif args.decoding not in decodings:
-            utils.die(2, f"--{name} does nothing with --decoding {args.decoding}", f"drop it, or use {' or '.join(decodings)}")
+            fail(USAGE, f"--{name} does nothing with --decoding {args.decoding}", f"drop it, or use {' or '.join(decodings)}")
     if args.temperature is not None and args.decoding in ("greedy", "beam", "diverse"):
-        utils.note(f"note: --decoding {args.decoding} does not sample, so --temperature has no effect")
+        info(f"--decoding {args.decoding} does not sample, so --temperature has no effect")
     args.temperature = 1.0 if args.temperature is None else args.temperature
     if not 0 < args.temperature < math.inf:
-        utils.die(2, f"--temperature {args.temperature} with --decoding {args.decoding} must be above 0",
+        fail(USAGE, f"--temperature {args.temperature} with --decoding {args.decoding} must be above 0",
                   "0.75 is the published value; --decoding greedy takes the most probable token")
     if not (0 < args.top_p <= 1 and 0 < args.typical_p <= 1 and 0 <= args.min_p < 1 and args.top_k >= 0 and args.top_n_sigma >= 0):
-        utils.die(2, " ".join(f"--{name} {getattr(args, name)}" for name in FILTERS) + ": out of range",
+        fail(USAGE, " ".join(f"--{name} {getattr(args, name)}" for name in FILTERS) + ": out of range",
                   "0 < top_p <= 1, 0 < typical_p <= 1, 0 <= min_p < 1, top_k >= 0, top_n_sigma >= 0")
     if args.max_retries < 0:
-        utils.die(2, f"--max_retries {args.max_retries} must be at least 0")
+        fail(USAGE, f"--max_retries {args.max_retries} must be at least 0")
     check_choice(args)
     check_beams(args)
     check_engine(args)
@@ -127,16 +136,15 @@ def check_choice(args) -> None:
     """--overgenerate and what goes with it; settles num_drawn, the responses drawn per row."""
     args.num_drawn = args.overgenerate or args.num_response_per_input
     if args.overgenerate is None and (args.select or args.floor is not None):
-        utils.die(2, "--select and --floor choose among responses drawn beyond need", "add --overgenerate M")
+        fail(USAGE, "--select and --floor choose among responses drawn beyond need", "add --overgenerate M")
     if args.num_drawn < args.num_response_per_input:
-        utils.die(2, f"--overgenerate {args.overgenerate} is less than --num_response_per_input {args.num_response_per_input}",
+        fail(USAGE, f"--overgenerate {args.overgenerate} is less than --num_response_per_input {args.num_response_per_input}",
                   f"draw more, such as {4 * args.num_response_per_input}")
     if args.overgenerate:
-        from selection import FLOOR
 
         args.select, args.floor = args.select or "dpp", FLOOR if args.floor is None else args.floor
         if not -1 <= args.floor <= 1:
-            utils.die(2, f"--floor {args.floor} is no cosine", "-1 lets everything pass")
+            fail(USAGE, f"--floor {args.floor} is no cosine", "-1 lets everything pass")
 
 
 def check_beams(args) -> None:
@@ -147,15 +155,15 @@ def check_beams(args) -> None:
     args.num_beams = args.num_beams or args.num_drawn
     args.num_branches = 1
     if args.num_drawn > args.num_beams:
-        utils.die(2, f"{args.num_drawn} responses from --num_beams {args.num_beams}", f"--num_beams {args.num_drawn} or more")
+        fail(USAGE, f"{args.num_drawn} responses from --num_beams {args.num_beams}", f"--num_beams {args.num_drawn} or more")
     if args.decoding == "beam":
         return
     args.num_beam_groups = args.num_beam_groups or args.num_beams
     if args.num_beams % args.num_beam_groups:
-        utils.die(2, f"--num_beams {args.num_beams} is no multiple of --num_beam_groups {args.num_beam_groups}",
+        fail(USAGE, f"--num_beams {args.num_beams} is no multiple of --num_beam_groups {args.num_beam_groups}",
                   f"{args.num_beam_groups * -(-args.num_beams // args.num_beam_groups)} beams would do")
     if not 0 < args.diversity_penalty < math.inf:
-        utils.die(2, f"--diversity_penalty {args.diversity_penalty} must be above 0", "5 is the published value; --decoding beam has none")
+        fail(USAGE, f"--diversity_penalty {args.diversity_penalty} must be above 0", "5 is the published value; --decoding beam has none")
     if args.numbers == "per_group":
         args.num_branches = args.num_beam_groups
 
@@ -163,21 +171,20 @@ def check_beams(args) -> None:
 def check_engine(args) -> None:
     if args.engine == "hf":
         if args.base_url or args.served_model:
-            utils.die(2, "--base_url and --served_model are for a server", "add --engine openai")
+            fail(USAGE, "--base_url and --served_model are for a server", "add --engine openai")
         return
     if not args.base_url or not args.served_model:
-        utils.die(2, "--engine openai needs --base_url and --served_model", "such as http://127.0.0.1:8000/v1 and the name it serves")
+        fail(USAGE, "--engine openai needs --base_url and --served_model", "such as http://127.0.0.1:8000/v1 and the name it serves")
     if args.decoding in ("beam", "diverse"):
-        utils.die(2, f"--decoding {args.decoding} does not work through a server", "--engine hf, or another --decoding")
+        fail(USAGE, f"--decoding {args.decoding} does not work through a server", "--engine hf, or another --decoding")
     for name in ("typical_p", "top_n_sigma"):
         if getattr(args, name) != FILTERS[name]:
-            utils.die(2, f"--{name} does not work through a server", "--engine hf, or --top_p, --top_k, --min_p")
+            fail(USAGE, f"--{name} does not work through a server", "--engine hf, or --top_p, --top_k, --min_p")
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if "--interview" in argv:
-        import interview
 
         return interview.main([word for word in argv if word != "--interview"])
     args = parse_flags(build_parser, argv)
@@ -190,9 +197,9 @@ def main(argv: list[str] | None = None) -> None:
         rows = utils.read_jsonl(args.test_file, lambda row: utils.check_row(row, candidates=False))[: args.limit]
     save_file, summary_file = Path(args.save_file), Path(args.save_file).with_suffix(".json")
     if save_file.suffix != ".jsonl":
-        utils.die(2, f"--save_file {save_file} must end in .jsonl", f"{save_file.with_suffix('.jsonl')}")
+        fail(USAGE, f"--save_file {save_file} must end in .jsonl", f"{save_file.with_suffix('.jsonl')}")
     if save_file.exists() and not args.resume:
-        utils.die(2, f"{save_file} is already there", "--resume goes on with it; or give another --save_file")
+        fail(USAGE, f"{save_file} is already there", "--resume goes on with it; or give another --save_file")
     save_file.parent.mkdir(parents=True, exist_ok=True)
 
     engine, run = load_engine(args)
@@ -209,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.self_sample:
         load_method(args.method).write_cache(save_file, summary, run, args)
     if summary["failed"]:
-        utils.die(4, f"{summary['failed']} responses are missing: the server refused {dict(engine.failed)}",
+        fail(UNSCORED, f"{summary['failed']} responses are missing: the server refused {dict(engine.failed)}",
                   f"the other {summary['responses']} are in {save_file}")
 
 
@@ -218,14 +225,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_engine(args):
     """The engine and the run.json of what it serves; settles method and lengths."""
-    from engines import Local, Server
 
     filters = {name: getattr(args, name) for name in FILTERS}
     if args.engine == "openai":
         run = {"method": args.method or "base", "base_model": args.served_model, "weights": None, "args": {}}
         settle_settings(args, run, None)
         return Server(args.base_url, args.served_model, args.max_connections, args.timeout, args.timeout_total, filters), run
-    model, tokenizer, run = utils.load_checkpoint(args.model_name_or_path, args.force_base, args.chat_template)
+    model, tokenizer, run = load_checkpoint(args.model_name_or_path, args.force_base, args.chat_template)
     if args.mode == "untuned":
         run["method"] = args.method
     settle_settings(args, run, model.config.get_text_config().max_position_embeddings)
@@ -235,7 +241,7 @@ def load_engine(args):
 def settle_settings(args, run: dict, limit: int | None) -> None:
     """Method and lengths come from the checkpoint; a flag that contradicts its method is refused."""
     if args.method and args.method != run["method"]:
-        utils.die(2, f"--method {args.method}, but {args.model_name_or_path} is a {run['method']} model",
+        fail(USAGE, f"--method {args.method}, but {args.model_name_or_path} is a {run['method']} model",
                   f"drop --method, or pass --method {run['method']}")
     args.method = run["method"]
     if args.max_input_length is None:
@@ -253,8 +259,8 @@ def warn_of_overlap(rows: list[dict], run: dict, args) -> None:
     if overlap:
         what = f"{args.test_file}: {len(overlap)} of {len(rows)} rows were trained on (first: row {overlap[0]})"
         if args.strict_split:
-            utils.die(2, what, "remove them, or drop --strict_split")
-        utils.note(f"warning: {what}")
+            fail(USAGE, what, "remove them, or drop --strict_split")
+        warn(f"{what}")
 
 
 def brief(run: dict) -> dict:
@@ -273,10 +279,9 @@ def plan(engine, rows: list[dict], args):
     if args.method in OWN_PLAN:
         return load_method(args.method).plan(engine, rows, args)
     if args.engine == "hf":
-        utils.refuse_special_tokens([{k: row[k] for k in ("context", "prompt", "messages") if k in row} for row in rows],
+        refuse_special_tokens([{k: row[k] for k in ("context", "prompt", "messages") if k in row} for row in rows],
                                     engine.tokenizer, args.test_file, args.new_tokens)
     if args.decoding in BY_ASKING:
-        import asking
 
         requests = [asking.fit_request(engine, row, [], args) for row in rows]
         refuse_long_rows([i for i, (text, _) in enumerate(requests) if text is None], args)
@@ -288,16 +293,16 @@ def plan(engine, rows: list[dict], args):
     refuse_long_rows([i for i, tree in enumerate(trees) if tree is None], args)
     different = len({tuple(child.input_ids) for child in trees[0].root.children})
     if args.numbers == "per_group" and different == 1 < args.num_branches:
-        utils.die(2, f"--numbers per_group, but method {args.method} has one prompt for all groups", "drop it")
+        fail(USAGE, f"--numbers per_group, but method {args.method} has one prompt for all groups", "drop it")
     if 1 < different < args.num_branches:
-        utils.note(f"note: {args.num_branches} responses under {different} different prompts, which are used in turn")
+        info(f"{args.num_branches} responses under {different} different prompts, which are used in turn")
     truncated = sum(tree.dropped_turns > 0 for tree in trees)
     return lambda block: answer_by_tree(engine, [trees[i] for i in block], block, args), truncated
 
 
 def refuse_long_rows(long: list[int], args) -> None:
     if long:
-        utils.die(2, f"{args.test_file}: row {long[0] + 1} and {len(long) - 1} more do not fit into "
+        fail(USAGE, f"{args.test_file}: row {long[0] + 1} and {len(long) - 1} more do not fit into "
                   f"{args.max_length} tokens with {args.max_new_tokens} new ones", "shorten them, or raise --max_length")
 
 
@@ -335,7 +340,6 @@ def answer_by_messages(engine, method, rows: list[dict], block: list[int], args)
 
 
 def clean_row(replies: list, args) -> dict:
-    from decoding import clean_reply
 
     clean = str.strip if args.method in OWN_INFERENCE else clean_reply
     return {"texts": [clean(reply.text) for reply in replies], "tokens": sum(r.tokens for r in replies),
@@ -353,7 +357,7 @@ def rows_done(save_file: Path, summary_file: Path, settings: dict) -> int:
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         name = changed[0]
-        utils.die(2, f"--resume: {save_file} was made with {name} {before.get(name)}, now it is {settings[name]}",
+        fail(USAGE, f"--resume: {save_file} was made with {name} {before.get(name)}, now it is {settings[name]}",
                   "use the same flags, or another --save_file")
     utils.repair_tail(save_file)
     return sum(1 for line in save_file.read_bytes().split(b"\n") if line.strip())
@@ -366,7 +370,7 @@ def answer_rows(rows: list[dict], answer, args, done: int, save_file: Path) -> d
     """
     from tqdm import tqdm
 
-    embedder = utils.load_embedder() if args.overgenerate and done < len(rows) else None
+    embedder = load_embedder() if args.overgenerate and done < len(rows) else None
     size = args.batch_size if args.engine == "hf" else max(args.batch_size, args.max_connections)
     speed = {"seconds": [], "tokens": 0, "responses": 0}
     first = len(rows) if done >= len(rows) else done // size * size
@@ -379,7 +383,7 @@ def answer_rows(rows: list[dict], answer, args, done: int, save_file: Path) -> d
             except Exception as error:
                 if not utils.is_out_of_memory(error):
                     raise
-                utils.die(75, f"out of memory in rows {start + 1} to {block[-1] + 1}, even one at a time",
+                fail(TRY_LATER, f"out of memory in rows {start + 1} to {block[-1] + 1}, even one at a time",
                           "--resume with fewer responses, or --max_new_tokens, on a machine with more memory")
             finished = [finish_row(rows[i], found, embedder, args) for i, found in zip(block, answers, strict=True)]
             speed["seconds"] += [(time.time() - began) / len(block)] * len(block)
@@ -396,7 +400,6 @@ def finish_row(row: dict, found: dict, embedder, args) -> dict:
     done = {k: v for k, v in row.items() if k != "warnings"}
     problems = Counter()
     if embedder:
-        import selection
 
         full = [text for text in preds if text]
         vectors = embedder.encode([row.get("prompt") or row["context"], *full], normalize_embeddings=True, show_progress_bar=False)

@@ -28,6 +28,12 @@ from pathlib import Path
 import utils
 from flags import FlagParser, parse_flags
 from methods import METHODS, OWN_ADAPTER, OWN_INFERENCE, load_method
+from modeling.adapters import add_tokens
+from modeling.checkpoints import finish_adapter
+from modeling.models import base_fingerprint, load_model, load_tokenizer, model_dir
+from modeling.prompts import refuse_special_tokens
+from training.flags import add_lora_args
+from utils import DIVERGED, TRY_LATER, USAGE, fail, info, warn
 
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha", "lora_target_modules")
 SCHEDULES = ("constant_with_warmup", "linear", "cosine")
@@ -38,7 +44,7 @@ def build_parser(method: str | None) -> FlagParser:
     method = method or "peft"
     trainable = [name for name in METHODS if name != "base"]
     if method not in trainable:
-        utils.die(2, f"--method {method} cannot be trained", f"one of {', '.join(trainable)}")
+        fail(USAGE, f"--method {method} cannot be trained", f"one of {', '.join(trainable)}")
     parser = FlagParser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--train_file", required=True, help="JSONL file or hub data set name")
@@ -52,7 +58,7 @@ def build_parser(method: str | None) -> FlagParser:
                        help="attention kernel; flex_attention on GPUs (default: %(default)s)")
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     group.add_argument("--chat_template", metavar="FILE", help="Jinja chat template, or none for plain prompts")
-    utils.add_lora_args(group)
+    add_lora_args(group)
     group = parser.add_argument_group("training")
     group.add_argument("--method", default=method, choices=trainable, help="what is learnt (default: peft)")
     group.add_argument("--learning_rate", type=float, default=1e-5, help="AdamW learning rate (default: %(default)s)")
@@ -90,12 +96,12 @@ def check_flags(args) -> None:
         for name in names:
             value = getattr(args, name)
             if value is not None and not least <= value < math.inf:
-                utils.die(2, f"--{name} {value} must be at least {least}")
+                fail(USAGE, f"--{name} {value} must be at least {least}")
     if args.max_steps == 0 or args.max_steps < -1:
-        utils.die(2, f"--max_steps {args.max_steps} trains nothing", "give a positive number, or -1 for whole epochs")
+        fail(USAGE, f"--max_steps {args.max_steps} trains nothing", "give a positive number, or -1 for whole epochs")
     accumulation = args.gradient_accumulation_steps
     if args.save_steps % accumulation:
-        utils.die(2, f"--save_steps {args.save_steps} is no multiple of --gradient_accumulation_steps {accumulation}",
+        fail(USAGE, f"--save_steps {args.save_steps} is no multiple of --gradient_accumulation_steps {accumulation}",
                   f"checkpoints lie between updates; use {-(-args.save_steps // accumulation) * accumulation}")
 
 
@@ -128,10 +134,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(method, rows: list[dict], run_dir: Path, args) -> Path | None:
     """From rows to the last checkpoint, which is returned; with --dry_run only up to the trees."""
-    base = utils.model_dir(args.model_name)
-    tokenizer = utils.load_tokenizer(base, args.chat_template)
-    utils.refuse_special_tokens(rows, tokenizer, args.train_file)
-    utils.add_tokens(tokenizer, vars(args).get("new_tokens", []))
+    base = model_dir(args.model_name)
+    tokenizer = load_tokenizer(base, args.chat_template)
+    refuse_special_tokens(rows, tokenizer, args.train_file)
+    add_tokens(tokenizer, vars(args).get("new_tokens", []))
     rows, counts = first_pass(method, rows, tokenizer, args)
     print(f"method {args.method}: {counts['rows']} rows, {counts['tree_tokens']} tokens as trees, "
           f"{counts['padded_tokens']} as padded rows ({counts['padded_tokens'] / counts['tree_tokens']:.1f} times)")
@@ -142,7 +148,7 @@ def train(method, rows: list[dict], run_dir: Path, args) -> Path | None:
     from transformers import set_seed
 
     set_seed(args.seed)  # adapters start from random weights
-    model = method.prepare_model(utils.load_model(base, args.attn_implementation, args.load_in_4bit), tokenizer, args)
+    model = method.prepare_model(load_model(base, args.attn_implementation, args.load_in_4bit), tokenizer, args)
     run = describe_run(args, base, rows)
     checkpoint = find_resume(run_dir, args, run)
     trainer = make_trainer(method, model, tokenizer, rows, args, run, run_dir)
@@ -177,7 +183,7 @@ def first_pass(method, rows: list[dict], tokenizer, args) -> tuple[list[dict], C
     if counts["dropped"] or counts["truncated"]:
         print(f"{counts['truncated']} rows lost their oldest turns, {counts['dropped']} rows do not fit and are dropped")
     if not kept:
-        utils.die(2, f"{args.train_file}: no row fits into --max_length {args.max_length}", "raise --max_length")
+        fail(USAGE, f"{args.train_file}: no row fits into --max_length {args.max_length}", "raise --max_length")
     return kept, counts
 
 
@@ -240,19 +246,19 @@ def claim_run_dir(run_dir: Path, resume: str | None):
         (run_dir / ".probe").touch()
         (run_dir / ".probe").unlink()
     except OSError as error:
-        utils.die(2, f"--output_dir {run_dir} cannot be written: {error.strerror}", "give another --output_dir")
+        fail(USAGE, f"--output_dir {run_dir} cannot be written: {error.strerror}", "give another --output_dir")
     lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"
     try:
         lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
-        utils.die(2, f"{run_dir} is in use by {who}", "wait for it, or give another --exp_name")
+        fail(USAGE, f"{run_dir} is in use by {who}", "wait for it, or give another --exp_name")
     owner.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     shutil.rmtree(run_dir / ".staging", ignore_errors=True)  # half a checkpoint of a killed run
     done = utils.checkpoints_in(run_dir)
     if done and not resume:
         lock.release()
-        utils.die(2, f"{run_dir} already holds {done[0].name}", "--resume goes on with it; another --exp_name starts anew")
+        fail(USAGE, f"{run_dir} already holds {done[0].name}", "--resume goes on with it; another --exp_name starts anew")
     return lock
 
 
@@ -266,7 +272,7 @@ def describe_run(args, base: str, rows: list[dict]) -> dict:
     return {
         "method": args.method,
         "base_model": args.model_name,
-        "base_sha256": utils.base_fingerprint(base),
+        "base_sha256": base_fingerprint(base),
         "data_sha256": utils.sha256(json.dumps(rows, sort_keys=True))[:16],
         "row_hashes": [utils.row_hash(row) for row in rows],
         "args": {k: v for k, v in vars(args).items() if k not in skip},
@@ -281,13 +287,13 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
     if args.resume == "newest":
         checkpoint = utils.newest_checkpoint(run_dir)
         if checkpoint is None:
-            utils.note(f"warning: {run_dir} holds no whole checkpoint, starting from step 0")
+            warn(f"{run_dir} holds no whole checkpoint, starting from step 0")
             return None
     else:
         checkpoint = Path(args.resume)
         missing = utils.missing_files(checkpoint)
         if missing:
-            utils.die(2, f"--resume {checkpoint}: incomplete, it lacks {', '.join(missing)}",
+            fail(USAGE, f"--resume {checkpoint}: incomplete, it lacks {', '.join(missing)}",
                       "name a whole checkpoint, or --resume alone for the newest one")
     saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
     for name in CONFLICTS:
@@ -296,12 +302,12 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
         if before != now and not (name == "data_sha256" and args.allow_data_change):
             hint = "--allow_data_change goes on with the new rows" if name == "data_sha256" else \
                 "use the same value, or another --exp_name"
-            utils.die(2, f"--resume {checkpoint}: {name} was {before}, now it is {now}", hint)
+            fail(USAGE, f"--resume {checkpoint}: {name} was {before}, now it is {now}", hint)
     falls = ("max_steps", "num_train_epochs") if args.lr_scheduler_type != SCHEDULES[0] else ()  # where the rate ends
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", *falls):
         before = saved["args"].get(name, SCHEDULES[0])  # runs before there was a choice of schedules had the first
         if before != run["args"][name]:
-            utils.note(f"warning: {name} was {before}, now {run['args'][name]}: "
+            warn(f"{name} was {before}, now {run['args'][name]}: "
                        "the run goes on, but not bit for bit as an uninterrupted one")
     print(f"resuming from {checkpoint}")
     return checkpoint
@@ -342,7 +348,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
     needed = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad) * math.ceil(total / args.save_steps)
     free = shutil.disk_usage(run_dir).free
     if needed > free:  # adapter and two Adam moments, float32, per checkpoint
-        utils.die(2, f"checkpoints need about {needed / 1e6:.0f} MB in {run_dir}, {free / 1e6:.0f} MB are free",
+        fail(USAGE, f"checkpoints need about {needed / 1e6:.0f} MB in {run_dir}, {free / 1e6:.0f} MB are free",
                   "make room, or raise --save_steps")
 
     class TreeTrainer(Trainer):
@@ -363,7 +369,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
         def diverged(self, what: str) -> None:
             last = utils.newest_checkpoint(run_dir)
             utils.append_jsonl(run_dir / "metrics.jsonl", [{"step": self.micro_step, "loss": None, "reason": what}])
-            utils.die(6, f"{what} at micro-step {self.micro_step} (learning rate {args.learning_rate})",
+            fail(DIVERGED, f"{what} at micro-step {self.micro_step} (learning rate {args.learning_rate})",
                       f"last good checkpoint: {last or 'none'}; try a lower --learning_rate or --clip_norm")
 
         def log(self, logs, start_time=None):
@@ -389,7 +395,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 method.save_adapter(self.model, output_dir)
             else:
                 self.model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
-            utils.finish_adapter(Path(output_dir), tokenizer, run)
+            finish_adapter(Path(output_dir), tokenizer, run)
 
         def _load_from_checkpoint(self, checkpoint, model=None):
             if args.method in OWN_ADAPTER:
@@ -415,7 +421,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
                 size = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file())
                 shutil.rmtree(staging, ignore_errors=True)
                 free = shutil.disk_usage(run_dir).free
-                utils.die(75, f"disk full writing {final} (after {size / 1e6:.1f} MB, {free / 1e6:.0f} MB free)",
+                fail(TRY_LATER, f"disk full writing {final} (after {size / 1e6:.1f} MB, {free / 1e6:.0f} MB free)",
                           f"make room, then --resume; last good checkpoint: {utils.newest_checkpoint(run_dir)}")
 
         def fit(self, checkpoint: Path | None) -> Path:
@@ -433,7 +439,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
             except Exception as error:
                 if not utils.is_out_of_memory(error):
                     raise
-                utils.die(75, f"out of memory at micro-step {self.micro_step}, {args.per_device_train_batch_size} "
+                fail(TRY_LATER, f"out of memory at micro-step {self.micro_step}, {args.per_device_train_batch_size} "
                           f"contexts a step ({str(error)[:80]})",
                           "--resume with a smaller --per_device_train_batch_size or --max_length, with "
                           "--gradient_checkpointing or --load_in_4bit")
@@ -442,7 +448,7 @@ def make_trainer(method, model, tokenizer, rows, args, run, run_dir):
             if self.is_world_process_zero():
                 shutil.rmtree(self.args.output_dir, ignore_errors=True)
             if self.stopped_by:
-                utils.note(f"stopped by signal {self.stopped_by}, saved {last}; the same command with --resume goes on")
+                info(f"stopped by signal {self.stopped_by}, saved {last}; the same command with --resume goes on")
                 raise SystemExit(128 + self.stopped_by)
             return last
 
@@ -530,7 +536,7 @@ def trackers(report_to: str, settings) -> list:
     try:
         return [make() for make in get_reporting_integration_callbacks([report_to])]
     except (ImportError, RuntimeError, ValueError) as error:
-        utils.note(f"warning: --report_to {report_to} does not start ({str(error)[:100]}); metrics.jsonl is written")
+        warn(f"--report_to {report_to} does not start ({str(error)[:100]}); metrics.jsonl is written")
         return []
 
 

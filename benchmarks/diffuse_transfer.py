@@ -16,15 +16,16 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from methods.diffuse import prompts
+from scoring import statistics
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
 
 from measure import about_the_run, table  # noqa: E402
 
 import infer  # noqa: E402
-import metrics  # noqa: E402
 import train  # noqa: E402
 from flags import parse_flags  # noqa: E402
-from methods import diffuse  # noqa: E402
 
 FIGURES = ("kl", "entropy", "coverage", "covered", "valid")
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, default=Path("outs/diffuse_transfer"))
     flags = parser.parse_args()
     config = parse_flags(train.build_parser, ["--config", flags.config])
-    tasks = flags.tasks or sorted({row["task"] for row in diffuse.read_prompts(config)[0]})
+    tasks = flags.tasks or sorted({row["task"] for row in prompts.read_prompts(config)[0]})
     with contextlib.redirect_stdout(sys.stderr):
         found = {task: leave_out(task, flags) for task in tasks}
     lines = {task: compare(*systems) for task, systems in found.items()}
@@ -76,7 +77,7 @@ def compare(before: dict, after: dict) -> dict:
         pair = [[value[0] if isinstance(value := own.get(figure), list) else value or 0.0 for own in system.values()]
                 for system in (before, after)]
         line[figure] = {"before": sum(pair[0]) / len(before), "after": sum(pair[1]) / len(after),
-                        "difference": metrics.paired_difference(pair[1], pair[0])}
+                        "difference": statistics.paired_difference(pair[1], pair[0])}
     return line
 
 

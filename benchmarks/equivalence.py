@@ -15,14 +15,14 @@ import json
 import sys
 from pathlib import Path
 
+import utils
+from modeling.embedder import load_embedder
+from scoring import equivalence, statistics
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
 
 import numpy as np  # noqa: E402
 from measure import table  # noqa: E402
-
-import equivalence  # noqa: E402
-import metrics  # noqa: E402
-import utils  # noqa: E402
 
 FOLDS, SEEDS, REGULARISATION = 10, 5, 0.3
 
@@ -38,7 +38,7 @@ def main() -> None:
     groups = np.unique([row["prompt"] for row in rows], return_inverse=True)[1]
     scores = [cross_validate(x, truth, groups, seed) for seed in range(SEEDS)]
     result = {"accuracy": round(float(np.mean([accuracy(p, truth) for p in scores])), 4),
-              "auc": round(float(np.mean([metrics.auc(p[truth == 1], p[truth == 0]) for p in scores])), 4),
+              "auc": round(float(np.mean([statistics.auc(p[truth == 1], p[truth == 0]) for p in scores])), 4),
               "majority": round(max(truth.mean(), 1 - truth.mean()), 4), "pairs": len(rows), "prompts": len(set(groups))}
     show(x, truth, scores, result)
     if flags.write:
@@ -56,7 +56,7 @@ def check_pair(row: dict) -> str | None:
 def features(rows: list[dict]) -> np.ndarray:
     from tqdm import tqdm
 
-    embedder, found = utils.load_embedder(), []
+    embedder, found = load_embedder(), []
     for row in tqdm(rows, desc="features", unit="pair"):
         a, b = (equivalence.view(row[name], row["prompt"], embedder) for name in ("generation_0", "generation_1"))
         found.append(equivalence.pair_features(a, b, equivalence.embed([row["prompt"]], embedder)[0].mean(0)))
@@ -87,10 +87,10 @@ def accuracy(probability: np.ndarray, truth: np.ndarray) -> float:
 def show(x: np.ndarray, truth: np.ndarray, scores: list[np.ndarray], result: dict) -> None:
     weights = regression().fit(x, truth)[-1].coef_[0]
     table("features, each alone", ["feature", "AUC", "weight"], [
-        [name, f"{metrics.auc(x[truth == 1, k], x[truth == 0, k]):.3f}", f"{weights[k]:+.2f}"]
+        [name, f"{statistics.auc(x[truth == 1, k], x[truth == 0, k]):.3f}", f"{weights[k]:+.2f}"]
         for k, name in enumerate(equivalence.FEATURES)])
     table(f"{FOLDS}-fold cross-validation grouped by prompt, {result['pairs']} pairs", ["", "accuracy", "AUC"], [
-        *([f"seed {seed}", f"{accuracy(p, truth):.3f}", f"{metrics.auc(p[truth == 1], p[truth == 0]):.3f}"] for seed, p in enumerate(scores)),
+        *([f"seed {seed}", f"{accuracy(p, truth):.3f}", f"{statistics.auc(p[truth == 1], p[truth == 0]):.3f}"] for seed, p in enumerate(scores)),
         ["mean", f"{result['accuracy']:.3f}", f"{result['auc']:.3f}"], ["majority", f"{result['majority']:.3f}", "0.500"]])
 
 

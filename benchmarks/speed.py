@@ -15,6 +15,8 @@ import json
 import sys
 from pathlib import Path
 
+import utils
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
 
 import torch  # noqa: E402
@@ -23,8 +25,6 @@ from speed_decode import measure_decoding  # noqa: E402
 from speed_diffuse import measure_diffuse  # noqa: E402
 from speed_judge import measure_judging  # noqa: E402
 from speed_train import measure_training  # noqa: E402
-
-import utils  # noqa: E402
 
 
 def main() -> None:

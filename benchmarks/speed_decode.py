@@ -12,8 +12,11 @@ import torch
 from measure import lengthen, peak_gb, reset_peak, seconds, table
 from transformers import GenerationConfig
 
-import decoding
 import utils
+from decoding.beams import beam
+from decoding.sampling import sample
+from modeling.models import load_model, load_tokenizer, model_dir
+from modeling.prompts import fit_prompts
 from trees import Tree, branch_prompts, left_pad
 
 ROWS, RESPONSES, CONTEXT, NEW = 8, 5, 300, 25  # rows a call, responses a row, tokens of a context and of a response
@@ -21,8 +24,8 @@ GROWTH_ROWS, GROWTH_NEW = 4, 8
 
 
 def measure_decoding(model_name: str, train_file: str) -> dict:
-    folder = utils.model_dir(model_name)
-    tokenizer, model = utils.load_tokenizer(folder), utils.load_model(folder).eval()
+    folder = model_dir(model_name)
+    tokenizer, model = load_tokenizer(folder), load_model(folder).eval()
     rows = utils.read_jsonl(train_file)
     forest = make_forest(rows, tokenizer, ROWS, CONTEXT, RESPONSES)
     draw_shared(model, tokenizer, forest[:1], 2)  # warm up
@@ -35,14 +38,14 @@ def make_forest(rows: list[dict], tokenizer, count: int, length: int, responses:
     forest = []
     for i in range(count):
         row = lengthen(rows, i, length, 1, tokenizer)
-        prompts, _ = utils.fit_prompts(row, list(range(1, responses + 1)), tokenizer, 10**6, 10**6)
+        prompts, _ = fit_prompts(row, list(range(1, responses + 1)), tokenizer, 10**6, 10**6)
         forest.append(Tree(branch_prompts(prompts, list(range(1, responses + 1)))))
     return forest
 
 
 def draw_shared(model, tokenizer, forest: list[Tree], new: int) -> list:
     never = model.config.vocab_size  # an end token that no logits have
-    return decoding.sample(model, forest, list(range(len(forest))), tokenizer.pad_token_id, never, new)
+    return sample(model, forest, list(range(len(forest))), tokenizer.pad_token_id, never, new)
 
 
 def copied_prompts(tree: Tree) -> list[list[int]]:
@@ -90,8 +93,8 @@ def compare_beams(model, tokenizer, forest: list[Tree]) -> dict:
     common = dict(pad_id=tokenizer.pad_token_id, eos_id=never, max_new_tokens=NEW, num_beams=RESPONSES, num_responses=RESPONSES)
     plain, diverse = [], []
     for _ in range(2):  # in turns, so that a slow minute of the machine meets both
-        plain.append(seconds(lambda: decoding.beam(model, forest, **common)))
-        diverse.append(seconds(lambda: decoding.diverse(model, forest, num_groups=RESPONSES, **common)))
+        plain.append(seconds(lambda: beam(model, forest, **common)))
+        diverse.append(seconds(lambda: diverse(model, forest, num_groups=RESPONSES, **common)))
     table(f"{len(forest)} contexts, {RESPONSES} beams, {NEW} tokens", ["", "seconds", "ratio"], [
         ["beam search", f"{min(plain):.1f}", "1.00"],
         [f"diverse beam search, {RESPONSES} groups", f"{min(diverse):.1f}", f"{min(diverse) / min(plain):.2f}"]])

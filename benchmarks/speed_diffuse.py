@@ -14,8 +14,9 @@ import torch
 from measure import peak_gb, reset_peak, seconds, table
 
 import trees
-import utils
-from methods import diffuse
+from methods.diffuse import flags, training
+from modeling.adapters import add_lora
+from modeling.models import load_model, load_tokenizer, model_dir
 
 CHUNK = 32  # targets computed at a time by the published code
 NUM_TARGETS = 100
@@ -23,9 +24,9 @@ NUM_TARGETS = 100
 
 def measure_diffuse(model_name: str) -> dict:
     """The comparison on the numbers from 1 to 100, then with fewer and more targets."""
-    folder = utils.model_dir(model_name)
-    tokenizer, args = utils.load_tokenizer(folder), training_args()
-    model = utils.add_lora(utils.load_model(folder), tokenizer, args).train()
+    folder = model_dir(model_name)
+    tokenizer, args = load_tokenizer(folder), training_args()
+    model = add_lora(load_model(folder), tokenizer, args).train()
     lines = []
     for count in (NUM_TARGETS, 10, 50, 200):
         lines.append(compare(model, tokenizer, number_row(count), args))
@@ -41,7 +42,7 @@ def training_args() -> argparse.Namespace:
     return argparse.Namespace(
         method="diffuse", batch_size=None, max_batch_tokens=10**6, load_in_4bit=False,
         gradient_checkpointing=False, lora_r=4, lora_alpha=8, lora_dropout=0.0,
-        lora_target_modules=diffuse.DEFAULTS["lora_target_modules"])
+        lora_target_modules=flags.DEFAULTS["lora_target_modules"])
 
 
 def number_row(count: int) -> dict:
@@ -54,7 +55,7 @@ def number_row(count: int) -> dict:
 def trie_step(model, tree: trees.Tree, args) -> float:
     """One forward and backward pass over the trie; returns the loss in nats."""
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in trees.pack([tree]).items()}
-    loss, _ = diffuse.compute_loss(model, batch, args)
+    loss, _ = training.compute_loss(model, batch, args)
     loss.backward()
     model.zero_grad(set_to_none=True)
     return loss.item()
@@ -83,8 +84,8 @@ def padded_loss(model, prompt: list[int], sequences: list[list[int]], weights: l
 
 
 def compare(model, tokenizer, row: dict, args) -> dict:
-    tree = diffuse.distribution_tree(row, tokenizer, row["weights"])
-    prompt, sequences = tree.root.input_ids, diffuse.target_sequences(row, tokenizer)
+    tree = training.distribution_tree(row, tokenizer, row["weights"])
+    prompt, sequences = tree.root.input_ids, training.target_sequences(row, tokenizer)
     repeats = 3
     trie_step(model, tree, args)  # warm up
     reset_peak()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure import table
 
-import judges
+from scoring import judge_api
 
 ANSWER_SECONDS = 0.1
 
@@ -61,10 +61,10 @@ def measure_judging() -> dict:
 
 def judge_rate(connections: int, count: int, port: int) -> dict:
     """Judgements per second, with keys, parsing and a synced log line for each."""
-    stages = [judges.parse_stage(number, "openai:m", f"http://127.0.0.1:{port}") for number in (1, 2)]
+    stages = [judge_api.parse_stage(number, "openai:m", f"http://127.0.0.1:{port}") for number in (1, 2)]
     items = [({"context": "Is a tomato a fruit?"}, f"Ask cook number {i}.") for i in range(count)]
     with tempfile.TemporaryDirectory() as folder:
-        judge = judges.APIJudge(stages, "first", Path(folder) / "log.jsonl", connections)
+        judge = judge_api.APIJudge(stages, "first", Path(folder) / "log.jsonl", connections)
         judge.judge([({"context": "Who is there?"}, f"Visitor {i}.") for i in range(connections)])  # connects, imports
         judge.log_file = judge.log_file.with_name("timed.jsonl")
         start = time.perf_counter()

@@ -17,7 +17,10 @@ from measure import lengthen, peak_gb, reset_peak, seconds, table
 
 import trees
 import utils
-from methods import possibility
+from methods.possibility import training
+from modeling.adapters import add_lora
+from modeling.models import load_model, load_tokenizer, model_dir
+from modeling.prompts import count_words
 
 PUBLISHED_CONTEXT_WORDS = 75  # mean of the published training contexts
 MAX_PADDED_TOKENS = 8000  # beyond, the logits of all positions of a small model alone need over 6 GB
@@ -25,12 +28,12 @@ MAX_PADDED_TOKENS = 8000  # beyond, the logits of all positions of a small model
 
 def measure_training(model_name: str, train_file: str, num_contexts: int) -> dict:
     """The main comparison on num_contexts rows, then the growth table."""
-    folder = utils.model_dir(model_name)
-    tokenizer = utils.load_tokenizer(folder)
+    folder = model_dir(model_name)
+    tokenizer = load_tokenizer(folder)
     args = training_args(num_response_per_input=4)
-    model = utils.add_lora(utils.load_model(folder), tokenizer, args).train()
+    model = add_lora(load_model(folder), tokenizer, args).train()
     rows = sorted(utils.read_jsonl(train_file),
-                  key=lambda row: abs(utils.count_words(row["context"]) - PUBLISHED_CONTEXT_WORDS))
+                  key=lambda row: abs(count_words(row["context"]) - PUBLISHED_CONTEXT_WORDS))
     return compare(model, tokenizer, rows[:num_contexts], args) | {"growth": growth(model, tokenizer, rows)}
 
 
@@ -47,7 +50,7 @@ def step(model, forest: list[trees.Tree], args, padded: bool) -> float:
     """One forward and backward pass; returns the loss."""
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in trees.pack(forest).items()}
     logps = trees.score_rows(model, forest) if padded else trees.score(model, batch)
-    loss, _ = possibility.loss_of(logps, batch, args)
+    loss, _ = training.loss_of(logps, batch, args)
     loss.backward()
     model.zero_grad(set_to_none=True)
     return loss.item()
@@ -65,7 +68,7 @@ def timed(model, forests, args, padded: bool, warm_up: bool = True) -> tuple[flo
 
 def compare(model, tokenizer, rows, args) -> dict:
     """The main comparison: 4 replies + 12 negatives, one context a step."""
-    forests = [[possibility.build_tree(row, tokenizer, args, random.Random(i))] for i, row in enumerate(rows)]
+    forests = [[training.build_tree(row, tokenizer, args, random.Random(i))] for i, row in enumerate(rows)]
     rate = matrix_rate(model, num_tokens(forests[0]))
     tree_seconds, tree_gb, tree_losses = timed(model, forests, args, padded=False)
     padded_seconds, padded_gb, padded_losses = timed(model, forests, args, padded=True)
@@ -95,7 +98,7 @@ def growth(model, tokenizer, rows) -> list[dict]:
     lines = []
     for what, value, replies, length, count in cases:
         args = training_args(replies)
-        forest = [possibility.build_tree(lengthen(rows, i, length, replies, tokenizer), tokenizer, args, random.Random(i))
+        forest = [training.build_tree(lengthen(rows, i, length, replies, tokenizer), tokenizer, args, random.Random(i))
                   for i in range(count)]
         tree_seconds, gb, _ = timed(model, [forest], args, padded=False)
         line = {"what": what, "value": value, "tokens": num_tokens(forest), "padded_tokens": num_padded(forest),

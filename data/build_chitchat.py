@@ -26,6 +26,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from modeling.embedder import load_embedder
+from utils import MISSING, fail
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
 
 import utils
@@ -80,7 +83,7 @@ def repeats_prompt(prompt: str, reply: str) -> bool:
 def read_replies() -> Iterator[tuple[str, str]]:
     """(prompt, first turn) of every conversation, in the data set's order; the prompt may be empty."""
     if find_spec("chitchat_dataset") is None:
-        utils.die(3, "the chitchat data set is not installed", "pip install --no-deps -r requirements-models.txt")
+        fail(MISSING, "the chitchat data set is not installed", "pip install --no-deps -r requirements-models.txt")
     import chitchat_dataset
 
     for conversation in chitchat_dataset.Dataset().values():
@@ -116,7 +119,7 @@ def filter_replies(replies: list[tuple[str, str]], embedder) -> tuple[dict[str, 
     dropped: Counter = Counter()
     scores = check.profanity_scores([reply for _, reply in replies])
     if scores is None:
-        utils.die(3, "the profanity filter is not installed", "pip install alt-profanity-check==1.9.1")
+        fail(MISSING, "the profanity filter is not installed", "pip install alt-profanity-check==1.9.1")
     for (prompt, reply), profanity in zip(replies, scores, strict=True):
         if reason := why_dropped(prompt, reply, profanity, seen[prompt]):
             dropped[reason] += 1
@@ -186,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parse_flags(build_parser, argv)
     replies = list(read_replies())
-    candidates, dropped = filter_replies(replies, utils.load_embedder())
+    candidates, dropped = filter_replies(replies, load_embedder())
     splits = split_prompts(list(candidates), args.seed)
     out_dir = Path(args.out_dir)
     described = write_splits(out_dir, candidates, splits)

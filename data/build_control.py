@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from methods.control import attributes
+from utils import MISSING, USAGE, fail
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
 
-import attributes
 import utils
 from flags import FlagParser, parse_flags
 
@@ -71,7 +73,7 @@ def read_documents(name: str) -> Iterator[list[str]]:
     """The raw texts of every document."""
     if name == "chitchat":
         if find_spec("chitchat_dataset") is None:
-            utils.die(3, "the chitchat data set is not installed", "pip install --no-deps -r requirements-models.txt")
+            fail(MISSING, "the chitchat data set is not installed", "pip install --no-deps -r requirements-models.txt")
         import chitchat_dataset
 
         for conversation in chitchat_dataset.Dataset().values():
@@ -118,7 +120,7 @@ def collect(args) -> tuple[list[dict], Counter, int]:
                 rows.append({"text": text, "document": number})
     if not rows:
         counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "there is none"
-        utils.die(2, f"--input {args.input}: no text is left ({counts})", "texts need letters, and --min_words to --max_words words")
+        fail(USAGE, f"--input {args.input}: no text is left ({counts})", "texts need letters, and --min_words to --max_words words")
     return rows, dropped, number
 
 
@@ -225,14 +227,14 @@ def check_flags(args) -> dict[str, tuple[str, ...]]:
     """The thresholds of every attribute, as given or by default; dies over flags that cannot work."""
     for name in ("min_words", "max_words", "prompt_words", "num_prompts", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            utils.die(2, f"--{name} {getattr(args, name)} must be at least 1")
+            fail(USAGE, f"--{name} {getattr(args, name)} must be at least 1")
     if not 0 <= args.drop_rate < 1 or not 0 < args.valid_share < 1:
-        utils.die(2, f"--drop_rate {args.drop_rate}, --valid_share {args.valid_share}: shares, 0 to 1")
+        fail(USAGE, f"--drop_rate {args.drop_rate}, --valid_share {args.valid_share}: shares, 0 to 1")
     found = {name: attributes.ATTRIBUTES[name].thresholds for name in dict.fromkeys(args.attributes)}
     for word in args.threshold:
         name, equals, numbers = word.partition("=")
         if not equals or name not in found:
-            utils.die(2, f"--threshold {word}: {name!r} is none of --attributes {' '.join(found)}", "such as toxicity=0.5 or toxicity=q0.9")
+            fail(USAGE, f"--threshold {word}: {name!r} is none of --attributes {' '.join(found)}", "such as toxicity=0.5 or toxicity=q0.9")
         found[name] = tuple(numbers.split(","))
     return found
 
@@ -246,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = split_documents(rows, args.valid_share, rng)
     before = {split: count_values(own, schema) for split, own in splits.items()}
     if not splits["train"]:
-        utils.die(2, f"--input {args.input}: one document cannot be split into train and valid", "give more documents")
+        fail(USAGE, f"--input {args.input}: one document cannot be split into train and valid", "give more documents")
     prompts = first_words(splits["valid"], args.prompt_words, args.num_prompts, rng)
     if args.balance:
         splits = {split: balance(own, rng) for split, own in splits.items()}

@@ -12,9 +12,10 @@ import json
 import sys
 from pathlib import Path
 
+import utils
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
 
-import utils  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:

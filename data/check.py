@@ -23,9 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import load_embedder
+from scoring import judge_local, metrics
+from utils import USAGE, fail, info
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
 
-import metrics
 import utils
 from flags import FlagParser, parse_flags
 
@@ -307,13 +311,12 @@ def load_judge(args, embedder):
     """The local coherence proxy on the embedded model, or None where the flag switches it off."""
     if not args.limit_proxy:
         return None
-    import judges
 
-    if args.limit_proxy < 2 * judges.FOLDS:
-        utils.die(2, f"--limit_proxy {args.limit_proxy} is too few rows",
-                  f"give {2 * judges.FOLDS} or more, or 0 for none")
-    model, tokenizer, _ = utils.load_checkpoint(utils.EMBEDDED)
-    return judges.LocalProxy(model, tokenizer, embedder)
+    if args.limit_proxy < 2 * judge_local.FOLDS:
+        fail(USAGE, f"--limit_proxy {args.limit_proxy} is too few rows",
+                  f"give {2 * judge_local.FOLDS} or more, or 0 for none")
+    model, tokenizer, _ = load_checkpoint(utils.EMBEDDED)
+    return judge_local.LocalProxy(model, tokenizer, embedder)
 
 
 def measure_proxy(report: Report, judge, limit: int) -> None:
@@ -507,9 +510,9 @@ def build_parser(method: str | None) -> FlagParser:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(build_parser, argv)
     if len(set(args.files)) < len(args.files):
-        utils.die(2, "a file is given twice", "name each file once; every context would be a duplicate")
+        fail(USAGE, "a file is given twice", "name each file once; every context would be a duplicate")
     reports = [read_report(path) for path in args.files]
-    embedder = utils.load_embedder()
+    embedder = load_embedder()
     judge = load_judge(args, embedder)
     for report in reports:
         for i, row in enumerate(report.rows):
@@ -537,12 +540,12 @@ def finish(reports: list[Report]) -> None:
     """Name the violations, print the JSON line, and leave with exit code 2 if there were any."""
     found = [f"{report.path}:{line}: {what}" for report in reports for line, _, what in sorted(report.violations)]
     for text in found[:utils.MAX_SHOWN_ERRORS]:
-        utils.note(text)
+        info(text)
     figures = {report.path: report.figures for report in reports}
     print(json.dumps({"violations": len(found), "files": figures}, ensure_ascii=False, allow_nan=False), flush=True)
     if found:
         more = len(found) - utils.MAX_SHOWN_ERRORS
-        utils.die(2, f"{len(found)} violations" + (f", {more} of them not shown" if more > 0 else ""),
+        fail(USAGE, f"{len(found)} violations" + (f", {more} of them not shown" if more > 0 else ""),
                   "mend or delete these rows, or move a limit (--help)")
 
 

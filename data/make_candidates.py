@@ -27,10 +27,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from decoding import api, asking
+from decoding.sampling import sample
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import load_embedder
+from modeling.models import quiet
+from modeling.prompts import encode_prompt, end_of_turn, label_turns, refuse_special_tokens
+from utils import UNSCORED, USAGE, fail, info
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
 
-import api
-import asking
 import utils
 from data import check
 from flags import FlagParser, parse_flags
@@ -154,23 +160,22 @@ def ask_server(args, retries: Counter) -> Ask:
 
 def ask_local(args, rows: list[dict]) -> Ask:
     """Ask a model of this machine, one request at a time."""
-    import decoding
     from trees import Tree, branch_prompts
 
-    model, tokenizer, _ = utils.load_checkpoint(args.model)
-    utils.refuse_special_tokens([{k: row[k] for k in ("context", "prompt") if k in row} for row in rows],
+    model, tokenizer, _ = load_checkpoint(args.model)
+    refuse_special_tokens([{k: row[k] for k in ("context", "prompt") if k in row} for row in rows],
                                 tokenizer, args.input_file)
-    eos_id = utils.end_of_turn(tokenizer)
+    eos_id = end_of_turn(tokenizer)
     limit = model.config.get_text_config().max_position_embeddings - args.max_tokens
     if limit < 1:
-        utils.die(2, f"--max_tokens {args.max_tokens} leaves {args.model} no room for a prompt", "lower it")
+        fail(USAGE, f"--max_tokens {args.max_tokens} leaves {args.model} no room for a prompt", "lower it")
 
     def ask(message: str, seed: int) -> api.Answer:
-        prompt = utils.encode_prompt(tokenizer, message)
+        prompt = encode_prompt(tokenizer, message)
         if len(prompt) > limit:
             raise api.Failed(f"the request has {len(prompt)} tokens, {limit} fit beside --max_tokens", False)
         tree = Tree(branch_prompts([prompt], [1]))
-        [[ids]] = decoding.sample(model, [tree], [seed], tokenizer.pad_token_id, eos_id, args.max_tokens,
+        [[ids]] = sample(model, [tree], [seed], tokenizer.pad_token_id, eos_id, args.max_tokens,
                                   args.temperature)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         return api.Answer(text, args.model, "length" if len(ids) >= args.max_tokens else "stop", len(prompt) + len(ids))
@@ -180,8 +185,8 @@ def ask_local(args, rows: list[dict]) -> Ask:
 
 def load_embed() -> Callable:
     """Sentence embeddings of unit length, one thread at a time."""
-    utils.quiet()
-    embedder, lock = utils.load_embedder(), threading.Lock()
+    quiet()
+    embedder, lock = load_embedder(), threading.Lock()
 
     def embed(texts: list[str]):
         with lock:
@@ -207,7 +212,7 @@ def read_finished(path: Path, rows: dict[str, dict]) -> dict[str, dict]:
             except (ValueError, KeyError, TypeError):
                 key = None
             if key not in rows:
-                utils.die(2, f"{path}:{number}: this row is not made from --input_file with these flags",
+                fail(USAGE, f"{path}:{number}: this row is not made from --input_file with these flags",
                           "use the same input and flags, or another --save_file")
             finished[key] = row
     return finished
@@ -332,17 +337,17 @@ def check_flags(args) -> None:
     for name in ("num_candidates", "min_candidates", "max_rounds", "min_words", "max_words", "max_input_length",
                  "max_tokens", "max_connections", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
-            utils.die(2, f"--{name} {value} must be at least 1")
+            fail(USAGE, f"--{name} {value} must be at least 1")
     for name in ("temperature", "timeout", "timeout_total", "max_backoff"):
         if not 0 < getattr(args, name) < float("inf"):
-            utils.die(2, f"--{name} {getattr(args, name)} must be above 0")
+            fail(USAGE, f"--{name} {getattr(args, name)} must be above 0")
     for low, high in (("min_candidates", "num_candidates"), ("min_words", "max_words")):
         if getattr(args, low) > getattr(args, high):
-            utils.die(2, f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}")
+            fail(USAGE, f"--{low} {getattr(args, low)} is above --{high} {getattr(args, high)}")
     if not 0 < args.max_cosine <= 1 or not 0 <= args.fail_on_error <= 1:
-        utils.die(2, f"--max_cosine {args.max_cosine} --fail_on_error {args.fail_on_error}: both are shares of 1")
+        fail(USAGE, f"--max_cosine {args.max_cosine} --fail_on_error {args.fail_on_error}: both are shares of 1")
     if not args.save_file.endswith(".jsonl"):
-        utils.die(2, f"--save_file {args.save_file} must end in .jsonl")
+        fail(USAGE, f"--save_file {args.save_file} must end in .jsonl")
 
 
 def open_files(args, rows: dict[str, dict]) -> tuple[tuple[Path, Path], dict, dict, dict]:
@@ -350,16 +355,16 @@ def open_files(args, rows: dict[str, dict]) -> tuple[tuple[Path, Path], dict, di
     save_file = Path(args.save_file)
     files, summary_file = (save_file, save_file.with_suffix(".rejected.jsonl")), save_file.with_suffix(".json")
     if Path(args.input_file).resolve() in [path.resolve() for path in (*files, summary_file)]:
-        utils.die(2, f"--save_file {save_file} would overwrite {args.input_file}", "give another --save_file")
+        fail(USAGE, f"--save_file {save_file} would overwrite {args.input_file}", "give another --save_file")
     there = [path for path in files if path.exists()]
     if there and not args.resume:
-        utils.die(2, f"{there[0]} is already there", "--resume goes on with it; or give another --save_file")
+        fail(USAGE, f"{there[0]} is already there", "--resume goes on with it; or give another --save_file")
     settings = {name: getattr(args, name) for name in SETTINGS}
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if there and summary_file.exists() else {}
     before = summary.get("settings", settings)
     for name in settings:
         if before.get(name) != settings[name]:
-            utils.die(2, f"--resume: {save_file} was made with --{name} {before.get(name)}, now it is {settings[name]}",
+            fail(USAGE, f"--resume: {save_file} was made with --{name} {before.get(name)}, now it is {settings[name]}",
                       "use the same flags, or another --save_file")
     made, rejected = (read_finished(path, rows) for path in files)
     rejected = {key: row for key, row in rejected.items() if key not in made and "failed" not in row["made"]}
@@ -377,10 +382,10 @@ def main(argv: list[str] | None = None) -> None:
         return print_dry_run(listed, args)
     rows = {row_key(row, args): row for row in listed}
     if len(rows) < len(listed):
-        utils.note(f"note: {len(listed) - len(rows)} rows of {args.input_file} repeat an earlier one and are made once")
+        info(f"{len(listed) - len(rows)} rows of {args.input_file} repeat an earlier one and are made once")
     files, made, rejected, summary = open_files(args, rows)
     retries = summary["retries"] = Counter(summary["retries"])
-    summary["shortened"] = sum("context" in row and asking.shown_turns(row, args.max_input_length) != utils.label_turns(row["context"])
+    summary["shortened"] = sum("context" in row and asking.shown_turns(row, args.max_input_length) != label_turns(row["context"])
                                for row in rows.values())
     ask = ask_server(args, retries) if args.base_url else ask_local(args, listed)
     embed = load_embed()
@@ -391,11 +396,11 @@ def main(argv: list[str] | None = None) -> None:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
         look = "check OPENAI_API_KEY, --model and --base_url; " if code == 5 else ""
         place = f"model {args.model} at {api.normalise_url(args.base_url)}"
-        utils.die(code, f"{place}: {what}; {len(made)} of {len(rows)} rows are made",
+        fail(code, f"{place}: {what}; {len(made)} of {len(rows)} rows are made",
                   f"{look}go on with: python data/make_candidates.py {shlex.join([*words, '--resume'])}")
     finish(rows, made, rejected, files, summary)
     if len(rejected) > args.fail_on_error * len(rows):
-        utils.die(4, f"{len(rejected)} of {len(rows)} rows are rejected, --fail_on_error is {args.fail_on_error:g}",
+        fail(UNSCORED, f"{len(rejected)} of {len(rows)} rows are rejected, --fail_on_error is {args.fail_on_error:g}",
                   f"{files[1]} says why; a stronger model, more --max_rounds or a lower --min_candidates may help")
 
 

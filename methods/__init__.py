@@ -17,10 +17,10 @@ METHODS = {
 }
 OWN_INFERENCE = ("diffuse", "spt", "delia", "control")  # methods with rows and flags of their own in infer.py, replies kept as they are drawn
 OWN_EVALUATION = {  # a field of every row, and the module with figures for such rows
-    "targets": "distributions",
-    "persona": "grounding",
-    "asks_format": "instructions",
-    "wants": "attributes",
+    "targets": "methods.diffuse.evaluation",
+    "persona": "methods.spt.evaluation",
+    "asks_format": "methods.delia.evaluation",
+    "wants": "methods.control.evaluation",
 }
 OWN_ADAPTER = ("spt",)  # methods whose checkpoints hold no PEFT adapter: parameter_groups, save_adapter, load_adapter, restore_adapter
 OWN_PLAN = ("spt",)  # methods that answer rows in a way of their own in infer.py

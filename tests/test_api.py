@@ -10,7 +10,7 @@ import pytest
 import servers
 from servers import BAD, FOUR, error, listed, ok
 
-import api
+from decoding import api
 
 serve = servers.serve
 KEY = "sk-not-a-real-key-42"

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import DIALOGUES
 
-import asking
-from engines import Reply
+from decoding import asking
+from decoding.replies import Reply
 
 ROW = DIALOGUES[0]
 

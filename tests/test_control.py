@@ -15,15 +15,20 @@ from conftest import DIALOGUES, ROOT, make_model, make_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-import attributes
-import decoding
 import infer
 import train
 import trees
 import utils
 from data import build_control
+from decoding.beams import beam
+from decoding.mixtures import guide
+from decoding.sampling import greedy, sample
 from flags import parse_flags
-from methods import control
+from methods.control import attributes, evaluation, inference, tokens, training
+from modeling.adapters import ban_tokens
+from modeling.checkpoints import load_checkpoint
+from modeling.models import base_fingerprint, load_model, load_tokenizer
+from modeling.prompts import end_of_turn
 
 evaluation = importlib.import_module("eval")
 SCHEMA = {"toxicity": {"values": ["nontoxic", "toxic"], "thresholds": [0.5], "scorer": "alt-profanity-check", "version": "1.9.1"},
@@ -185,7 +190,7 @@ def test_detoxify_scores_are_the_sigmoid_of_its_label_and_pickles_are_refused(tm
     texts = ["I know.", "The bus leaves at nine, says the man."]
     with torch.no_grad():
         wanted = [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 1].sigmoid().item() for text in texts]
-    assert score(texts) == pytest.approx(wanted, abs=1e-5) and version == utils.base_fingerprint(str(tmp_path / "m"))
+    assert score(texts) == pytest.approx(wanted, abs=1e-5) and version == base_fingerprint(str(tmp_path / "m"))
     (tmp_path / "toxic.ckpt").touch()
     assert refused(lambda flags: attributes.load_scorer("detoxify", *flags), tmp_path / "toxic.ckpt") == 2
     assert "no model folder" in capsys.readouterr().err
@@ -197,11 +202,11 @@ def test_detoxify_scores_are_the_sigmoid_of_its_label_and_pickles_are_refused(tm
 def test_spare_tokens_serve_where_there_are_enough_else_tokens_are_added():
     few, many = with_spare(4), with_spare(6)
     before = len(few), len(many)
-    added, taken = control.assign_tokens(few, SCHEMA), control.assign_tokens(many, SCHEMA)
+    added, taken = tokens.assign_tokens(few, SCHEMA), tokens.assign_tokens(many, SCHEMA)
     assert list(added) == list(taken) == ["toxicity=nontoxic", "toxicity=toxic", "sentiment=neg", "sentiment=neu", "sentiment=pos"]
     assert (len(few), len(many)) == (before[0] + 5, before[1])
     assert added["sentiment=pos"] == "<|sentiment=pos|>" and taken["sentiment=pos"] == "<|reserved_special_token_4|>"
-    assert control.assign_tokens(few, SCHEMA) == added and len(few) == before[0] + 5  # a second time adds nothing
+    assert tokens.assign_tokens(few, SCHEMA) == added and len(few) == before[0] + 5  # a second time adds nothing
     assert few("<|sentiment=pos|>")["input_ids"] == [few.convert_tokens_to_ids("<|sentiment=pos|>")]
 
 
@@ -212,17 +217,17 @@ def test_new_rows_start_at_the_mean_and_only_they_and_the_adapter_are_trained(sp
     model, args = make_model(len(tokenizer)), arguments()
     mean = model.get_input_embeddings().weight.detach().mean(0)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model = control.prepare_model(model, tokenizer, args)
+    model = training.prepare_model(model, tokenizer, args)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rows = [p for name, p in trainable.items() if "trainable_tokens" in name]
     assert all("lora_" in name or "trainable_tokens" in name for name in trainable)
     assert [tuple(p.shape) for p in rows] == [(5, 32)] and torch.allclose(rows[0], mean.expand(5, -1), atol=1e-6)
     assert (model(torch.tensor([[1, 2]])).logits[..., args.banned_ids] == -1e9).all()  # nothing is learnt of them as outputs
     optimizer = torch.optim.AdamW(trainable.values(), lr=0.1, weight_decay=0.0)
-    batch = trees.pack([control.build_tree(ROW, tokenizer, args, random.Random(0))])
+    batch = trees.pack([training.build_tree(ROW, tokenizer, args, random.Random(0))])
     for _ in range(3):
         optimizer.zero_grad()
-        control.compute_loss(model, batch, args)[0].backward()
+        training.compute_loss(model, batch, args)[0].backward()
         optimizer.step()
     assert not torch.allclose(rows[0][0], mean, atol=1e-2)  # nontoxic and pos stood in the text, the others did not
     assert torch.allclose(rows[0][1:4], mean.expand(3, -1), atol=1e-6)
@@ -240,12 +245,12 @@ def test_banned_tokens_are_never_said_whatever_decodes(tokenizer):
     guided = trees.Tree(tree.root, twin=trees.Tree(trees.branch_prompts([[5, 7]] * 2, [1, 2])), guidance=3.0)
 
     def said() -> set[int]:
-        replies = decoding.greedy(model, [tree], 0, 0, 4)[0] + decoding.greedy(model, [guided], 0, 0, 4)[0]
-        replies += decoding.beam(model, [trees.Tree(trees.branch_prompts([[5, 6]], [1]))], 0, 0, 4, 2, 2)[0]
+        replies = greedy(model, [tree], 0, 0, 4)[0] + greedy(model, [guided], 0, 0, 4)[0]
+        replies += beam(model, [trees.Tree(trees.branch_prompts([[5, 6]], [1]))], 0, 0, 4, 2, 2)[0]
         return {token for reply in replies for token in reply}
 
     banned = said()
-    utils.ban_tokens(model, sorted(banned))
+    ban_tokens(model, sorted(banned))
     assert banned and said() and not said() & banned
 
 
@@ -254,35 +259,35 @@ def test_banned_tokens_are_never_said_whatever_decodes(tokenizer):
 
 def test_tokens_stand_first_and_text_and_end_are_what_is_learnt(tokenizer):
     tokenizer, args = make_tokenizer("bytelevel"), arguments()
-    tree = control.build_tree(ROW, tokenizer, args, random.Random(0))
+    tree = training.build_tree(ROW, tokenizer, args, random.Random(0))
     text = tokenizer(ROW["text"])["input_ids"]
     ids = tokenizer.convert_tokens_to_ids(["<|toxicity=nontoxic|>", "<|sentiment=pos|>"])
-    assert tree.root.input_ids == control.start_ids(tokenizer) + ids
-    assert tree.root.children[0].input_ids == text + [utils.end_of_turn(tokenizer)]
+    assert tree.root.input_ids == tokens.start_ids(tokenizer) + ids
+    assert tree.root.children[0].input_ids == text + [end_of_turn(tokenizer)]
     assert trees.pack([tree])["token"].tolist() == list(range(4, 4 + len(text) + 1))
 
 
 def test_texts_without_tokens_and_models_of_fewer_attributes():
     tokenizer, args = make_tokenizer("bytelevel"), arguments(attributes=["sentiment"])
-    start = control.start_ids(tokenizer)
-    tree = control.build_tree(ROW, tokenizer, args, random.Random(0))
+    start = tokens.start_ids(tokenizer)
+    tree = training.build_tree(ROW, tokenizer, args, random.Random(0))
     assert tree.root.input_ids == start + tokenizer.convert_tokens_to_ids(["<|sentiment=pos|>"])
-    assert control.build_tree(ROW | {"unconditioned": True}, tokenizer, args, random.Random(0)).root.input_ids == start
+    assert training.build_tree(ROW | {"unconditioned": True}, tokenizer, args, random.Random(0)).root.input_ids == start
     args.attributes = []
-    assert control.build_tree(ROW, tokenizer, args, random.Random(0)).root.input_ids == start
+    assert training.build_tree(ROW, tokenizer, args, random.Random(0)).root.input_ids == start
 
 
 def test_the_loss_of_packed_texts_equals_the_mean_over_padded_rows():
     tokenizer, args = make_tokenizer("bytelevel"), arguments()
-    forest = [control.build_tree(ROW | {"text": text}, tokenizer, args, random.Random(0))
+    forest = [training.build_tree(ROW | {"text": text}, tokenizer, args, random.Random(0))
               for text in ("I love this day.", "No.", "The bus leaves at nine, says the man.")]
     model = make_model(len(tokenizer))
-    loss, logged = control.compute_loss(model, trees.pack(forest), args)
+    loss, logged = training.compute_loss(model, trees.pack(forest), args)
     assert loss.item() == pytest.approx(-trees.score_rows(model, forest).mean().item(), abs=1e-5) == logged["loss"].item()
 
 
 def test_a_text_that_does_not_fit_is_dropped_not_cut():
-    assert control.build_tree(ROW | {"text": "word " * 80}, make_tokenizer("bytelevel"), arguments(), random.Random(0)) is None
+    assert training.build_tree(ROW | {"text": "word " * 80}, make_tokenizer("bytelevel"), arguments(), random.Random(0)) is None
 
 
 # ---- decoding -----------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ def test_a_text_that_does_not_fit_is_dropped_not_cut():
 def test_guidance_is_what_the_equation_says():
     conditioned, plain = torch.tensor([[1.0, 4.0]]), torch.tensor([[2.0, 2.0]])
     logits = torch.stack([conditioned, conditioned, plain, plain])  # two rows and their twins
-    assert decoding.guide(logits, [1.5, 0.0]).tolist() == [[[0.5, 5.0]], [[2.0, 2.0]]]
+    assert guide(logits, [1.5, 0.0]).tolist() == [[[0.5, 5.0]], [[2.0, 2.0]]]
 
 
 def rows_for(prompts: list[str], wants: list[dict], guidance: float) -> list[dict]:
@@ -299,17 +304,17 @@ def rows_for(prompts: list[str], wants: list[dict], guidance: float) -> list[dic
 
 
 def decode(model, tokenizer, args, rows: list[dict], how: str = "greedy") -> list[list[list[int]]]:
-    forest = [control.decode_tree(row, tokenizer, args) for row in rows]
+    forest = [inference.decode_tree(row, tokenizer, args) for row in rows]
     if how == "greedy":
-        return decoding.greedy(model, forest, 0, 0, 6)
-    return decoding.sample(model, forest, [1] * len(forest), 0, 0, 6)
+        return greedy(model, forest, 0, 0, 6)
+    return sample(model, forest, [1] * len(forest), 0, 0, 6)
 
 
 @pytest.fixture(scope="module")
 def settled():
     """A tiny random model whose tokenizer has the control tokens, with its arguments."""
     tokenizer, args = make_tokenizer("bytelevel"), arguments()
-    control.settle_tokens(tokenizer, args)
+    tokens.settle_tokens(tokenizer, args)
     return make_model(len(tokenizer), seed=3), tokenizer, args
 
 
@@ -319,7 +324,7 @@ def test_guided_decoding_equals_two_plain_forward_passes_a_step(settled):
     want = {"sentiment": "pos"}
     fast = decode(model, tokenizer, args, rows_for(["The bus"], [want, {"toxicity": "toxic"}], 2.5))[0]
     for wanted, reply in zip((want, {"toxicity": "toxic"}), fast, strict=True):
-        prompts = [sum(control.encode(tokenizer, own, args.control_tokens, "The bus"), []) for own in (wanted, {})]
+        prompts = [sum(tokens.encode(tokenizer, own, args.control_tokens, "The bus"), []) for own in (wanted, {})]
         said: list[int] = []
         while len(said) < 6:
             with torch.no_grad():
@@ -348,7 +353,7 @@ def test_prompts_of_different_lengths_in_one_batch_give_what_each_gives_alone(se
 
 def test_the_context_of_equal_conditions_is_computed_once(settled):
     _, tokenizer, args = settled
-    tree = control.decode_tree(rows_for(["The bus leaves"], [{"sentiment": "pos"}] * 5, 2.0)[0], tokenizer, args)
+    tree = inference.decode_tree(rows_for(["The bus leaves"], [{"sentiment": "pos"}] * 5, 2.0)[0], tokenizer, args)
     assert all(len(child.input_ids) == 1 for half in (tree, tree.twin) for child in half.root.children)
     assert len(tree.root.input_ids) == len(tree.twin.root.input_ids) + 1  # the token that the twin lacks
 
@@ -389,13 +394,13 @@ def test_rows_and_adapter_are_saved_and_reloaded_exactly(in_folder):
 
     saved = load_file(in_folder / "adapter_model.safetensors")
     rows = [value for name, value in saved.items() if "trainable_tokens" in name]
-    model, tokenizer, run = utils.load_checkpoint(str(in_folder))
+    model, tokenizer, run = load_checkpoint(str(in_folder))
     assert len(rows) == 1 and rows[0].shape == (5, 32) and len(tokenizer) == model.get_input_embeddings().weight.shape[0]
     loaded = [p for name, p in model.named_parameters() if "trainable_tokens_delta" in name]
     assert torch.equal(loaded[0], rows[0])
     ids = torch.tensor([[1, run["args"]["banned_ids"][4], 20, 21]])
     with torch.no_grad():
-        first, second = model(ids).logits, utils.load_checkpoint(str(in_folder))[0](ids).logits
+        first, second = model(ids).logits, load_checkpoint(str(in_folder))[0](ids).logits
     assert torch.equal(first, second) and (first[..., run["args"]["banned_ids"]] == -1e9).all()
     assert (in_folder / "adapter_model.safetensors").stat().st_size < 25e6
 
@@ -418,8 +423,8 @@ def test_from_scratch_trains_and_reloads_a_whole_random_model(in_folder, capsys)
     flags[flags.index("sen")] = "scratch"
     train.main(flags)
     folder = in_folder.parents[1] / "scratch" / "check_2"
-    model, tokenizer, run = utils.load_checkpoint(str(folder))
-    base = utils.load_model("tiny")
+    model, tokenizer, run = load_checkpoint(str(folder))
+    base = load_model("tiny")
     assert run["method"] == "control" and not (folder / "adapter_config.json").exists()
     assert len(tokenizer) == model.get_input_embeddings().weight.shape[0] == base.get_input_embeddings().weight.shape[0] + 5
     same = [torch.allclose(p, q) for (_, p), (name, q) in zip(model.named_parameters(), base.named_parameters(), strict=True)
@@ -463,10 +468,10 @@ def test_a_baseline_may_skip_the_tokens_it_was_not_trained_on(in_folder):
 def test_perplexity_is_that_of_the_base_after_the_prompt(in_folder):
     """One row at a time, the whole text through the plain model."""
     preds = ["leaves at nine", "is late.", ""]
-    found = attributes.base_nats("tiny", {"a": [{"prompt": "The bus", "preds": preds}, {"prompt": "", "preds": ["I know"]}]})
-    model, tokenizer = utils.load_model("tiny"), utils.load_tokenizer("tiny")
+    found = evaluation.base_nats("tiny", {"a": [{"prompt": "The bus", "preds": preds}, {"prompt": "", "preds": ["I know"]}]})
+    model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     for prompt, text in (("The bus", "leaves at nine"), ("The bus", "is late."), ("", "I know")):
-        context = control.start_ids(tokenizer) + (tokenizer(prompt)["input_ids"] if prompt else [])
+        context = tokens.start_ids(tokenizer) + (tokenizer(prompt)["input_ids"] if prompt else [])
         ids = tokenizer(f" {text}" if prompt else text)["input_ids"]
         with torch.no_grad():
             logps = model(torch.tensor([context + ids])).logits[0].log_softmax(-1)
@@ -519,9 +524,9 @@ def test_configs_are_resolved_without_error():
 # ---- figures ------------------------------------------------------------------------------------
 
 
-def reply(row: int, want: dict, sentiment: float | None, text: str = "x", nll: float = 0.0, tokens: int = 0) -> attributes.Reply:
+def reply(row: int, want: dict, sentiment: float | None, text: str = "x", nll: float = 0.0, tokens: int = 0) -> evaluation.Reply:
     scores = None if sentiment is None else {"toxicity": 0.1, "sentiment": sentiment}
-    return attributes.Reply(row, want, text, scores, scores and attributes.values_of(scores, SCHEMA), nll, tokens)
+    return evaluation.Reply(row, want, text, scores, scores and attributes.values_of(scores, SCHEMA), nll, tokens)
 
 
 def test_misalignment_by_hand():
@@ -530,7 +535,7 @@ def test_misalignment_by_hand():
     replies = {(): [reply(0, {}, 0.6), reply(1, {}, 0.0)],
                tuple(pos.items()): [reply(0, pos, 0.6), reply(1, pos, 0.9)],
                tuple(neg.items()): [reply(0, neg, -0.6), reply(1, neg, 0.9)]}
-    first, second = attributes.effects(replies, SCHEMA, 2, [reply(0, {}, 0.0), reply(1, {}, 0.0)])
+    first, second = evaluation.effects(replies, SCHEMA, 2, [reply(0, {}, 0.0), reply(1, {}, 0.0)])
     assert first["baseline_difference"][0] == -1.0 and second["baseline_difference"][0] == -0.5
     assert first["want"] == pos and first["no_condition"][0] == 0.5 and first["asked"][0] == 0.0 and first["difference"][0] == -0.5
     assert first["opposite"][0] == 0.5 and first["opposite_difference"][0] == 0.0
@@ -539,9 +544,9 @@ def test_misalignment_by_hand():
 
 def test_a_joint_condition_is_missed_by_missing_either_attribute():
     want = {"toxicity": "nontoxic", "sentiment": "pos"}
-    assert not attributes.misaligned({"toxicity": "nontoxic", "sentiment": "pos"}, want)
-    assert attributes.misaligned({"toxicity": "toxic", "sentiment": "pos"}, want)
-    assert attributes.misaligned({"toxicity": "nontoxic", "sentiment": "neu"}, want)
+    assert not evaluation.misaligned({"toxicity": "nontoxic", "sentiment": "pos"}, want)
+    assert evaluation.misaligned({"toxicity": "toxic", "sentiment": "pos"}, want)
+    assert evaluation.misaligned({"toxicity": "nontoxic", "sentiment": "neu"}, want)
     assert attributes.opposite(want, SCHEMA) == {"toxicity": "toxic", "sentiment": "neg"}
     assert attributes.opposite({"sentiment": "neu"}, SCHEMA) is None and attributes.opposite({}, SCHEMA) is None
 
@@ -549,29 +554,29 @@ def test_a_joint_condition_is_missed_by_missing_either_attribute():
 def test_a_joint_condition_is_also_measured_attribute_by_attribute():
     """One reply asked to be nontoxic and pos, nontoxic and neg as it is: jointly missed, sentiment missed, toxicity met."""
     want = {"toxicity": "nontoxic", "sentiment": "pos"}
-    found = attributes.effects({tuple(want.items()): [reply(0, want, -0.6)]}, SCHEMA, 1, [])
+    found = evaluation.effects({tuple(want.items()): [reply(0, want, -0.6)]}, SCHEMA, 1, [])
     assert [(own["measured"], own["asked"][0]) for own in found] == [(want, 1.0), ({"toxicity": "nontoxic"}, 0.0), ({"sentiment": "pos"}, 1.0)]
     assert found[0]["no_condition"] is None and found[0]["difference"] is None
 
 
 def test_replies_without_letters_are_counted_and_no_score_is_made_up():
     replies = [reply(0, {}, 0.6), reply(1, {}, None, "12")]
-    figures = attributes.describe(replies, replies, SCHEMA, 2)
+    figures = evaluation.describe(replies, replies, SCHEMA, 2)
     assert figures["unscored"] == 1 and figures["replies"] == 2 and figures["shares"]["sentiment"]["pos"] == 1.0
-    assert attributes.share_by_row(replies, {"sentiment": "pos"}, 2) == [0.0, None]
+    assert evaluation.share_by_row(replies, {"sentiment": "pos"}, 2) == [0.0, None]
 
 
 def test_perplexity_and_its_ratio_by_hand():
     """8 nats over 4 tokens against 4 over 4: e^2 against e, ratio e; all rows alike, so the interval is the point."""
     a, b = [(4.0, 2), (4.0, 2)], [(2.0, 2), (2.0, 2)]
-    assert attributes.ratio_interval(a, b) == pytest.approx((math.e, math.e, math.e))
-    assert attributes.ratio_interval([(0.0, 0)], [(1.0, 1)]) is None
+    assert evaluation.ratio_interval(a, b) == pytest.approx((math.e, math.e, math.e))
+    assert evaluation.ratio_interval([(0.0, 0)], [(1.0, 1)]) is None
 
 
 def test_repetition_counts_what_stood_before_in_the_same_text():
     """a b c a b c: 3-grams abc bca cab abc, one of four again."""
-    assert attributes.repetition(["a b c a b c"]) == 0.25 and attributes.repetition(["a b c d", "one two"]) == 0.0
-    assert attributes.repetition(["one two"]) is None
+    assert evaluation.repetition(["a b c a b c"]) == 0.25 and evaluation.repetition(["a b c d", "one two"]) == 0.0
+    assert evaluation.repetition(["one two"]) is None
 
 
 def test_every_combination_stands_once_and_the_first_asks_for_nothing():

@@ -111,7 +111,7 @@ def test_a_missing_profanity_model_is_named_and_not_passed_over(run_check, monke
 
 
 def test_the_proxy_is_given_the_rows_and_is_skipped_for_too_few():
-    """A stand-in for judges.LocalProxy, which has tests of its own."""
+    """A stand-in for judge_local.LocalProxy, which has tests of its own."""
 
     class Judge:
         def calibrate(self, rows, limit, progress):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_beam_fixtures import build_model
 
-import decoding
 import trees
-import utils
-from decoding import diverse_beam_search
+from decoding.beams import beam, diverse, diverse_beam_search
+from decoding.sampling import TopNSigma, greedy
+from modeling.prompts import encode_prompt
 from trees import Tree, branch_prompts
 
 FIXTURES = ROOT / "tests" / "fixtures" / "diverse_beam.json"
@@ -111,7 +111,7 @@ def test_token_ids_and_scores_equal_those_of_transformers_4_55_4():
 
 
 def forest_of(tokenizer, branches: int = 1) -> list[Tree]:
-    prompts = [[utils.encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in range(1, branches + 1)]
+    prompts = [[encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in range(1, branches + 1)]
                for row in DIALOGUES[:3]]
     return [Tree(branch_prompts(own, list(range(1, branches + 1)))) for own in prompts]
 
@@ -123,16 +123,16 @@ def copied(tree: Tree, branch: int = 0) -> torch.Tensor:
 def test_one_group_is_beam_search_and_a_vanishing_penalty_gives_copies_of_it(tiny_model, tokenizer):
     """Three groups of two at penalty 1e-9: every sequence of a beam search with two beams, three times."""
     forest = forest_of(tokenizer)
-    plain = decoding.beam(tiny_model, forest, PAD, 1, 10, num_beams=2, num_responses=2)
-    assert decoding.diverse(tiny_model, forest, PAD, 1, 10, 2, 1, 2) == plain
-    copies = decoding.diverse(tiny_model, forest, PAD, 1, 10, 6, 3, 6, diversity_penalty=1e-9)
+    plain = beam(tiny_model, forest, PAD, 1, 10, num_beams=2, num_responses=2)
+    assert diverse(tiny_model, forest, PAD, 1, 10, 2, 1, 2) == plain
+    copies = diverse(tiny_model, forest, PAD, 1, 10, 6, 3, 6, diversity_penalty=1e-9)
     assert [sorted(row) for row in copies] == [sorted(row * 3) for row in plain]
 
 
 def test_a_higher_penalty_changes_the_output_and_its_first_tokens_differ(tiny_model, tokenizer):
     """Five groups of one beam: at 1e-9 all begin alike, at 50 nats no two begin alike."""
     forest = forest_of(tokenizer)
-    low, high = (decoding.diverse(tiny_model, forest, PAD, 1, 10, 5, 5, 5, diversity_penalty=p) for p in (1e-9, 50.0))
+    low, high = (diverse(tiny_model, forest, PAD, 1, 10, 5, 5, 5, diversity_penalty=p) for p in (1e-9, 50.0))
     assert low != high
     assert all(len({tuple(ids[:1]) for ids in row}) == 1 for row in low)
     assert all(len({tuple(ids[:1]) for ids in row}) == 5 for row in high)
@@ -144,9 +144,9 @@ def test_beams_on_shared_prefill_are_those_of_copied_prompts(how, tiny_model, to
     forest = forest_of(tokenizer)
     options = dict(max_new_tokens=8, eos_token_id=1, pad_token_id=PAD, num_beams=4, num_return_sequences=4)
     if how == "beam":
-        shared = decoding.beam(tiny_model, forest, PAD, 1, 8, 4, 4)
+        shared = beam(tiny_model, forest, PAD, 1, 8, 4, 4)
     else:
-        shared = decoding.diverse(tiny_model, forest, PAD, 1, 8, 4, 2, 4, diversity_penalty=1.0)
+        shared = diverse(tiny_model, forest, PAD, 1, 8, 4, 2, 4, diversity_penalty=1.0)
         options |= dict(custom_generate=diverse_beam_search, num_beam_groups=2, diversity_penalty=1.0)
     for tree, row in zip(forest, shared, strict=True):
         ids = copied(tree)
@@ -157,8 +157,8 @@ def test_beams_on_shared_prefill_are_those_of_copied_prompts(how, tiny_model, to
 def test_a_number_per_group_is_the_search_of_that_number_where_groups_do_not_meet(tiny_model, tokenizer):
     """At a penalty of 1e-9 group g under number g finds what a greedy search under number g finds."""
     forest = forest_of(tokenizer, branches=3)
-    found = decoding.diverse(tiny_model, forest, PAD, 1, 8, 3, 3, 3, diversity_penalty=1e-9)
-    want = decoding.greedy(tiny_model, forest, PAD, 1, 8)
+    found = diverse(tiny_model, forest, PAD, 1, 8, 3, 3, 3, diversity_penalty=1e-9)
+    want = greedy(tiny_model, forest, PAD, 1, 8)
     assert [sorted(row) for row in found] == [sorted(row) for row in want]
     assert len({tuple(ids) for ids in want[0]}) > 1, "numbers that all lead to one response would prove nothing"
 
@@ -168,13 +168,13 @@ def test_diverse_beam_search_runs_through_a_lora_adapter(tiny_model, tokenizer):
     from peft import LoraConfig, get_peft_model
 
     forest = forest_of(tokenizer)
-    base = decoding.diverse(tiny_model, forest, PAD, 1, 8, 4, 4, 4)
+    base = diverse(tiny_model, forest, PAD, 1, 8, 4, 4, 4)
     wrapped = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4)).eval()
-    assert decoding.diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) == base
+    assert diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) == base
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    assert decoding.diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) != base
+    assert diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) != base
 
 
 @pytest.mark.parametrize(("options", "what"), [
@@ -198,8 +198,8 @@ def test_processors_of_generate_reach_the_groups(tiny_model):
 def test_top_n_sigma_keeps_logits_within_n_deviations_of_the_best():
     """Logits 3, 2, 1, -2: mean 1, deviation sqrt((4 + 1 + 0 + 9) / 3) = 2.16; within one of 3: 3, 2, 1; within 0.4: 3."""
     scores = torch.tensor([[3.0, 2.0, 1.0, -2.0]])
-    assert torch.isfinite(decoding.TopNSigma(1.0)(None, scores)).tolist() == [[True, True, True, False]]
-    assert torch.isfinite(decoding.TopNSigma(0.4)(None, scores)).tolist() == [[True, False, False, False]]
+    assert torch.isfinite(TopNSigma(1.0)(None, scores)).tolist() == [[True, True, True, False]]
+    assert torch.isfinite(TopNSigma(0.4)(None, scores)).tolist() == [[True, False, False, False]]
 
 
 def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(tiny_model, tokenizer, monkeypatch):
@@ -214,7 +214,7 @@ def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(tiny_
         real(cache, repeats)
 
     monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spy)
-    decoding.diverse(tiny_model, forest_of(tokenizer), PAD, 1, 3, 4, 4, 4)
+    diverse(tiny_model, forest_of(tokenizer), PAD, 1, 3, 4, 4, 4)
     assert seen == [(3, 4)]
     forest = forest_of(tokenizer, 5)
     branches = trees.Branches(tiny_model, forest, PAD)
@@ -230,7 +230,7 @@ def test_branches_that_grow_together_have_the_logits_of_sequences_alone(tiny_mod
     """Rows and branch ends of different lengths (#9, #10), four tokens each: every step's logits, within float32 rounding."""
     forest, prompts = [], []
     for row in DIALOGUES[:3]:
-        own = [utils.encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in (9, 10)]
+        own = [encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in (9, 10)]
         forest.append(Tree(branch_prompts(own, [9, 10])))
         prompts.append(own)
     tokens = torch.randint(3, 400, (3, 2, 4), generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ def test_greedy_branches_write_what_generate_writes_from_copied_prompts(tiny_mod
     """Fifteen branches of three rows, some of which end early; also with a padding token that is the end token."""
     forest = forest_of(tokenizer, 5)
     for end in (1, 7, PAD):
-        found = decoding.greedy(tiny_model, forest, PAD, end, 12)
+        found = greedy(tiny_model, forest, PAD, end, 12)
         for tree, row in zip(forest, found, strict=True):
             for b, reply in enumerate(row):
                 ids = copied(tree, b)

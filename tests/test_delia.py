@@ -15,11 +15,13 @@ from conftest import CHATML, ROOT, make_model, refused, write_jsonl
 from servers import error, ok, serve  # noqa: F401
 
 import infer
-import instructions
 import train
 import trees
 import utils
-from methods import delia
+from methods.delia import evaluation, messages, mixing, reading, self_sampling, training
+from modeling.adapters import add_tokens, grow_embeddings
+from modeling.checkpoints import load_checkpoint
+from modeling.models import base_fingerprint, load_model, load_tokenizer
 
 DATA = ROOT / "data" / "delia"
 JSON = '{"thought": "It is so.", "label": "correct"}'
@@ -40,7 +42,7 @@ CACHE = [talk(query, f"On that day {i} cats sat on the board.") for i, query in 
 def files(tmp_path_factory, tiny_dir):
     """(folder, task file, cache file) with a manifest of the tiny model."""
     folder = tmp_path_factory.mktemp("delia")
-    (folder / "cache.json").write_text(json.dumps({"weights": utils.base_fingerprint(str(tiny_dir))}))
+    (folder / "cache.json").write_text(json.dumps({"weights": base_fingerprint(str(tiny_dir))}))
     return folder, write_jsonl(folder / "task.jsonl", TASK), write_jsonl(folder / "cache.jsonl", CACHE)
 
 
@@ -85,8 +87,8 @@ def test_a_broken_task_row_is_refused_with_file_and_line(tmp_path, files, tiny_d
 
 def test_a_diverse_row_may_hold_html_but_not_the_new_token(tmp_path):
     path = write_jsonl(tmp_path / "cache.jsonl", [talk("Bold?", "Write <b>bold</b>.")])
-    assert len(delia.read_messages(str(path), ["<sep>"], strict=False)) == 1
-    assert delia.check_tokens(talk("Use <sep>.", "Ho."), ["<sep>"], strict=False).startswith("turn 1 mentions <sep>, a new token")
+    assert len(messages.read_messages(str(path), ["<sep>"], strict=False)) == 1
+    assert messages.check_tokens(talk("Use <sep>.", "Ho."), ["<sep>"], strict=False).startswith("turn 1 mentions <sep>, a new token")
 
 
 @pytest.mark.parametrize(("more", "said"), [
@@ -122,7 +124,7 @@ def test_a_cache_of_another_model_is_refused_unless_allowed(tmp_path, files, tin
 
 
 def test_a_token_that_the_tokenizer_has_is_no_new_one(tokenizer, capsys):
-    assert "the tokenizer has this token already" in refused(capsys, 2, utils.add_tokens, tokenizer, ["<unk>"])
+    assert "the tokenizer has this token already" in refused(capsys, 2, add_tokens, tokenizer, ["<unk>"])
 
 
 # ---- mixing -------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_a_token_that_the_tokenizer_has_is_no_new_one(tokenizer, capsys):
 
 def test_the_mixture_has_its_ratio_and_depends_on_the_seed_alone(files, tiny_dir, capsys):
     def rows(**more):
-        return delia.load_rows(settings(train_file=str(files[1]), diverse_file=str(files[2]), model_name=str(tiny_dir),
+        return training.load_rows(settings(train_file=str(files[1]), diverse_file=str(files[2]), model_name=str(tiny_dir),
                                         new_tokens=["<sep>"], **more))
 
     mixed = rows(diverse_ratio=2.5)
@@ -138,7 +140,7 @@ def test_the_mixture_has_its_ratio_and_depends_on_the_seed_alone(files, tiny_dir
     assert "4 task rows + 10 diverse rows" in capsys.readouterr().out and mixed == rows(diverse_ratio=2.5)
     assert mixed != rows(diverse_ratio=2.5, seed=7) and len({row["prompt"] for row in mixed[4:]}) == 10
     assert [row["source"] for row in rows(diverse_ratio=1.0, limit=2)] == ["task"] * 2 + ["diverse"] * 2
-    usable = [row for row in CACHE if not delia.is_held_out({"prompt": row["messages"][0]["content"]})]
+    usable = [row for row in CACHE if not mixing.is_held_out({"prompt": row["messages"][0]["content"]})]
     assert 0 < len(usable) < len(CACHE), "the held-out tenth is never mixed in"
     often = Counter(row["prompt"] for row in rows(diverse_ratio=12.0, oversample=True)[4:])
     assert sum(often.values()) == 48 and set(often) == {row["messages"][0]["content"] for row in usable}
@@ -149,8 +151,8 @@ def test_the_mixture_has_its_ratio_and_depends_on_the_seed_alone(files, tiny_dir
 def test_stratified_order_is_a_permutation_that_spreads_the_task_rows(num_task, num_diverse):
     """Every window of n rows has the share of n that task rows have in all, give or take one."""
     rows = [{"source": "task"}] * num_task + [{"source": "diverse"}] * num_diverse
-    order = delia.order_rows(rows, settings(mix="stratified"), random.Random(1))
-    assert sorted(order) == list(range(len(rows))) and order != delia.order_rows(rows, settings(mix="stratified"), random.Random(2))
+    order = mixing.order_rows(rows, settings(mix="stratified"), random.Random(1))
+    assert sorted(order) == list(range(len(rows))) and order != mixing.order_rows(rows, settings(mix="stratified"), random.Random(2))
     is_task = [i < num_task for i in order]
     for n in range(1, len(rows)):
         for start in range(len(rows) - n):
@@ -161,7 +163,7 @@ def test_shuffled_order_is_what_other_methods_have():
     """random.Random("42-0") shuffles, as train.py does for every method."""
     want = list(range(20))
     random.Random("42-0").shuffle(want)
-    assert delia.order_rows([{"source": "task"}] * 20, settings(), random.Random("42-0")) == want
+    assert mixing.order_rows([{"source": "task"}] * 20, settings(), random.Random("42-0")) == want
 
 
 def metrics_of(run_dir) -> list[dict]:
@@ -187,19 +189,19 @@ def test_ratio_0_is_plain_fine_tuning_bit_for_bit(runs):
 
 def test_ratio_0_equals_a_loop_of_ten_lines(runs, tiny_dir):
     """Padded rows, cross-entropy on the reply and its end token, AdamW: the losses of both passes to 1e-4."""
-    model, tokenizer = utils.load_model(str(tiny_dir)), utils.load_tokenizer(str(tiny_dir))
-    utils.add_tokens(tokenizer, ["<sep>"])
+    model, tokenizer = load_model(str(tiny_dir)), load_tokenizer(str(tiny_dir))
+    add_tokens(tokenizer, ["<sep>"])
     args = settings(new_tokens=["<sep>"], lora_r=4, lora_dropout=0.0)
     rows = [row | {"source": "task"} for row in TASK]
     torch.manual_seed(42)
-    model = delia.prepare_model(model, tokenizer, args).train()
+    model = training.prepare_model(model, tokenizer, args).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
     losses = []
     for epoch in range(2):
         order = list(range(4))
         random.Random(f"42-{epoch}").shuffle(order)
         for pair in (order[:2], order[2:]):
-            forest = [delia.build_tree(rows[i], tokenizer, args, None) for i in pair]
+            forest = [training.build_tree(rows[i], tokenizer, args, None) for i in pair]
             logps = trees.score_rows(model, forest)
             lengths = [len(tree.root.children[0].input_ids) for tree in forest]
             loss = torch.stack([-part.mean() for part in logps.split(lengths)]).mean()
@@ -250,29 +252,29 @@ def test_a_checkpoint_is_reloaded_exactly_and_moves_what_it_should(tmp_path, fil
 
     base = tiny_dir if tied else untied_dir(tmp_path / "untied", tokenizer)
     seen = {}
-    prepare = delia.prepare_model
+    prepare = training.prepare_model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delia, "prepare_model", lambda *a: seen.setdefault("model", prepare(*a)))
         train.main(flags(files, base, tmp_path, "--diverse_ratio", "0", "--token_train", how, "--token_init", "random"))
     folder = tmp_path / "delia" / "check_2"
     assert (folder / "adapter_model.safetensors").stat().st_size < 100_000, "no copy of the embedding"
-    loaded, own, run = utils.load_checkpoint(str(folder))
+    loaded, own, run = load_checkpoint(str(folder))
     ids = torch.tensor([own("Use <sep> now.")["input_ids"]])
     new = own.convert_tokens_to_ids("<sep>")
     assert new == len(tokenizer) and new in ids[0] and own.decode(ids[0], skip_special_tokens=True) == "Use <sep> now."
     trained = seen["model"].eval()
     torch.testing.assert_close(loaded(ids).logits, trained(ids).logits, rtol=0, atol=0)
     tokens = torch.arange(new + 1)
-    before = utils.load_model(str(base)).get_input_embeddings()(tokens[:-1])
+    before = load_model(str(base)).get_input_embeddings()(tokens[:-1])
     after = loaded.get_input_embeddings()(tokens)
     assert torch.equal(after[:-1], before) == (how == "row")
     if how == "row":
-        again = utils.load_model(str(base))
+        again = load_model(str(base))
         again.resize_token_embeddings(len(AutoTokenizer.from_pretrained(folder)))
         torch.testing.assert_close(PeftModel.from_pretrained(again, folder).eval()(ids).logits, trained(ids).logits, rtol=0, atol=0)
         with torch.no_grad():
-            fresh = utils.load_model(str(base))
-            utils.grow_embeddings(fresh, own, run["args"])
+            fresh = load_model(str(base))
+            grow_embeddings(fresh, own, run["args"])
             assert not torch.equal(fresh.get_input_embeddings()(tokens[-1:]), after[-1:]), "the row has learnt"
 
 
@@ -281,11 +283,11 @@ def test_a_new_row_is_initialised_as_asked_and_no_other_row_changes(tmp_path, to
     folder = untied_dir(tmp_path, tokenizer) if not tied else None
     words = "the board says"
     for init in ("mean", "random", "description"):
-        model = make_model(len(tokenizer)) if tied else utils.load_model(str(folder))
+        model = make_model(len(tokenizer)) if tied else load_model(str(folder))
         own = type(tokenizer).from_pretrained(str(tokenizer.save_pretrained(tmp_path)[0]).rpartition("/")[0])
-        utils.add_tokens(own, ["<sep>"])
+        add_tokens(own, ["<sep>"])
         old = [layer.weight.detach().clone() for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
-        utils.grow_embeddings(model, own, {"new_tokens": ["<sep>"], "token_init": init, "token_description": [words], "seed": 1})
+        grow_embeddings(model, own, {"new_tokens": ["<sep>"], "token_init": init, "token_description": [words], "seed": 1})
         for layer, before in zip((model.get_input_embeddings(), model.get_output_embeddings()), old, strict=True):
             assert torch.equal(layer.weight[:-1], before)
             mean = before.mean(0)
@@ -298,9 +300,9 @@ def test_a_new_row_is_initialised_as_asked_and_no_other_row_changes(tmp_path, to
 
 def test_only_the_row_and_the_adapter_are_trainable(tiny_model, tokenizer, tmp_path):
     """Rank 4 on q, k, v, o of 2 layers (32 wide, 2 of 4 heads in k and v): 2 x 4 x (2 x 64 + 2 x 48) = 1,792; a row of 32."""
-    own = utils.load_tokenizer(str(tokenizer.save_pretrained(tmp_path)[0]).rpartition("/")[0])
-    utils.add_tokens(own, ["<sep>"])
-    model = delia.prepare_model(tiny_model, own, settings(new_tokens=["<sep>"], lora_r=4))
+    own = load_tokenizer(str(tokenizer.save_pretrained(tmp_path)[0]).rpartition("/")[0])
+    add_tokens(own, ["<sep>"])
+    model = training.prepare_model(tiny_model, own, settings(new_tokens=["<sep>"], lora_r=4))
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert sum(sizes.values()) == 1_792 + 32 and sum("trainable_tokens" in name for name in sizes) == 1
 
@@ -310,12 +312,12 @@ def test_only_the_row_and_the_adapter_are_trainable(tiny_model, tokenizer, tmp_p
 
 def test_the_last_turn_is_learnt_with_its_end_and_the_others_are_context(tokenizer):
     row = {**talk("Hi.", "Ho.", "Why?", "So.", system="Be kind."), "source": "diverse"}
-    tree = delia.build_tree(row, tokenizer, settings(), None)
+    tree = training.build_tree(row, tokenizer, settings(), None)
     reply = tree.root.children[0]
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in row["messages"][:-1]) + "<|im_start|>assistant\n"
     assert tokenizer.decode(tree.root.input_ids) == text and tokenizer.decode(reply.input_ids) == "So.<|im_end|>"
-    assert reply.role == trees.LIKELIHOOD and reply.weights is None and reply.branch == delia.DIVERSE
-    assert delia.build_tree(row, tokenizer, settings(max_length=20), None) is None
+    assert reply.role == trees.LIKELIHOOD and reply.weights is None and reply.branch == training.DIVERSE
+    assert training.build_tree(row, tokenizer, settings(max_length=20), None) is None
 
 
 def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(tokenizer):
@@ -323,17 +325,17 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn(tokeniz
 
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-    ids = delia.encode(strict, talk("Hi.", system="Be kind.")["messages"])
+    ids = messages.encode(strict, talk("Hi.", system="Be kind.")["messages"])
     assert tokenizer.decode(ids) == "<|im_start|>user\nBe kind.\n\nHi.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_the_loss_is_a_mean_of_rows_and_the_sources_are_told_apart():
     """Rows of 1 and 3 tokens with losses 4 and (1, 2, 3): (4 + 2) / 2 = 3; the task's row is the first: 1 row, 4 nats."""
     logps = torch.tensor([-4.0, -1.0, -2.0, -3.0])
-    batch = {"row": torch.tensor([0, 1, 1, 1]), "num_rows": 2, "branch": torch.tensor([delia.TASK] + [delia.DIVERSE] * 3)}
+    batch = {"row": torch.tensor([0, 1, 1, 1]), "num_rows": 2, "branch": torch.tensor([training.TASK] + [training.DIVERSE] * 3)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trees, "score", lambda *a: logps)
-        loss, logged = delia.compute_loss(None, batch, settings())
+        loss, logged = training.compute_loss(None, batch, settings())
     assert loss == 3 and logged["task_rows"] == 1 and logged["task_loss"] == 4
 
 
@@ -378,7 +380,7 @@ def test_self_samples_make_a_cache_that_training_takes_and_a_cut_run_ends_with_t
     rows = [json.loads(line) for line in whole[0].splitlines()]
     assert [row["messages"][0]["content"] for row in rows] == QUERIES[:5] and all(len(row["messages"]) == 2 for row in rows)
     manifest = json.loads((tmp_path / "cache.json").read_text())
-    assert manifest["weights"] == utils.base_fingerprint(str(tiny_dir)) and manifest["counts"]["kept"] == 5
+    assert manifest["weights"] == base_fingerprint(str(tiny_dir)) and manifest["counts"]["kept"] == 5
     (tmp_path / "cache.draws.jsonl").write_bytes(whole[1][: len(whole[1]) // 2])
     sample(tiny_dir, tmp_path / "cache.jsonl", "--max_new_tokens", "64", "--resume")
     assert ((tmp_path / "cache.jsonl").read_bytes(), (tmp_path / "cache.draws.jsonl").read_bytes()) == whole
@@ -389,7 +391,7 @@ def test_answers_that_are_cut_empty_refusals_or_repeats_are_left_out_and_counted
     """Seven answers to one query: kept are the first and the reference's own words (copied)."""
     answers = ["By boat.", "BY BOAT", " ", "I'm sorry, but I can't help.", "It goes on and", "As an AI model, I do", "On foot."]
     draws = [{"prompt": "How?", "answer": "On foot", "preds": answers, "cut_at": [4], "warnings": {"missing": 2}}]
-    rows, counts = delia.keep_answers(draws)
+    rows, counts = self_sampling.keep_answers(draws)
     assert [row["messages"][1]["content"] for row in rows] == ["By boat.", "On foot."]
     assert counts == {"drawn": 7, "missing": 2, "truncated": 1, "empty": 1, "refused": 2, "duplicate": 1, "kept": 2, "copied": 1}
 
@@ -397,7 +399,7 @@ def test_answers_that_are_cut_empty_refusals_or_repeats_are_left_out_and_counted
 @pytest.mark.parametrize("text", ["I'm sorry you lost your keys; call a locksmith? No: I am sorry to hear that.", "Sorry is a card game.",
                                   "The AI says no.", "Unfortunately, it rains."])
 def test_not_every_sorry_is_a_refusal(text):
-    assert bool(delia.REFUSAL.match(text)) == text.startswith("I'm sorry")
+    assert bool(self_sampling.REFUSAL.match(text)) == text.startswith("I'm sorry")
 
 
 def test_a_server_gets_all_four_turns_and_its_cache_has_no_fingerprint(serve, queries, tmp_path):  # noqa: F811
@@ -441,7 +443,7 @@ def test_a_cache_that_is_there_is_not_overwritten(tiny_dir, queries, tmp_path, c
     ('{"thought": 1, "label": "error"}', None), ('{"thought": "a", "label": ["error"]}', None),
 ])
 def test_the_format_is_one_line_of_json_with_two_keys(reply, label):
-    assert instructions.read_format(reply) == label
+    assert reading.read_format(reply) == label
 
 
 @pytest.mark.parametrize(("reply", "label"), [
@@ -450,14 +452,14 @@ def test_the_format_is_one_line_of_json_with_two_keys(reply, label):
     ("The correct number is eight, so the answer is wrong.", "error"), ("True enough.", "correct"), ("I like cats.", None), ("", None),
 ])
 def test_verdicts_are_read_from_prose(reply, label):
-    assert instructions.read_prose(reply) == label
+    assert reading.read_prose(reply) == label
 
 
 def test_every_reference_verdict_of_the_data_is_read_as_its_label():
     for name in ("train", "test"):
         for row in utils.read_jsonl(DATA / f"{name}.jsonl"):
             reply = row["messages"][-1]["content"]
-            read = instructions.read_format(reply) if row["asks_format"] else instructions.read_prose(reply)
+            read = reading.read_format(reply) if row["asks_format"] else reading.read_prose(reply)
             assert read == row["label"], reply
 
 
@@ -471,8 +473,8 @@ def test_balanced_accuracy_and_macro_f1_by_hand():
     """
     truth = np.array(["correct"] * 8 + ["error"] * 2, dtype=object)
     found = np.array(["correct"] * 6 + [None, "error", "error", "correct"], dtype=object)
-    assert instructions.balanced_accuracy(truth, found) == 0.625 and instructions.macro_f1(truth, found) == pytest.approx(0.65)
-    figures = instructions.label_figures(truth, found)
+    assert evaluation.balanced_accuracy(truth, found) == 0.625 and evaluation.macro_f1(truth, found) == pytest.approx(0.65)
+    figures = evaluation.label_figures(truth, found)
     assert figures["accuracy"][0] == 0.7 and figures["majority"] == {
         "label": "correct", "accuracy": 0.8, "balanced_accuracy": 0.5, "macro_f1": pytest.approx(8 / 18)}
     assert figures["balanced_accuracy"][1] < 0.625 < figures["balanced_accuracy"][2]
@@ -488,27 +490,27 @@ def reply_rows(*replies, seen: bool = False) -> list[dict]:
 
 def test_follow_and_leak_are_counted_apart():
     """Both asking rows follow, one with the wrong label; the negated row leaks, the silent one does not."""
-    figures = instructions.reply_figures(reply_rows(JSON, JSON, JSON, "It is wrong."))
+    figures = evaluation.reply_figures(reply_rows(JSON, JSON, JSON, "It is wrong."))
     assert [figures[name][0] for name in ("follow", "leak", "leak_negated", "leak_silent")] == [1, 0.5, 1, 0]
     assert figures["follow_minus_leak"] == [0.5, 0, 1] and figures["accuracy"][0] == 0.5
     assert figures["verdict_accuracy"][0] == 0.75 and figures["unread"] == 0
-    always = instructions.reply_figures(reply_rows(*[JSON] * 4))
+    always = evaluation.reply_figures(reply_rows(*[JSON] * 4))
     assert always["follow_minus_leak"] == [0, 0, 0], "a model that always writes the format has not understood the token"
 
 
 def test_transfer_compares_the_same_questions_and_a_difference_the_same_rows():
     """Under seen phrasings both follow, under unseen ones the second alone: follow - leak 1 and 0.5, accuracy 0.5 and 0.5."""
     unseen, seen = reply_rows("No.", JSON, "No.", "No."), reply_rows(JSON, JSON, "No.", "No.", seen=True)
-    found = instructions.transfer(unseen, seen[::-1])
+    found = evaluation.transfer(unseen, seen[::-1])
     assert found["pairs"] == 4 and found["follow_minus_leak"][0] == -0.5 and found["accuracy"][0] == 0
-    assert instructions.difference(unseen, seen)["follow_minus_leak"][0] == -0.5
-    assert instructions.difference(seen, seen) == {"follow_minus_leak": [0, 0, 0], "balanced_accuracy": [0, 0, 0]}
+    assert evaluation.difference(unseen, seen)["follow_minus_leak"][0] == -0.5
+    assert evaluation.difference(seen, seen) == {"follow_minus_leak": [0, 0, 0], "balanced_accuracy": [0, 0, 0]}
 
 
 def test_the_nll_of_a_token_is_that_of_a_padded_pass(tiny_model, tokenizer):
     """Against log_softmax of an ordinary forward pass, for the chosen places, several sequences packed."""
     sequences = [([5, 6, 7, 8], [False, False, True, True]), ([9, 5, 7], [False, True, False]), ([6] * 30, [False] * 29 + [True])]
-    got = instructions.sequence_logps(tiny_model, sequences)
+    got = evaluation.sequence_logps(tiny_model, sequences)
     for (ids, chosen), logps in zip(sequences, got, strict=True):
         want = tiny_model(torch.tensor([ids])).logits[0].log_softmax(-1)
         want = [want[i - 1, ids[i]].item() for i in range(1, len(ids)) if chosen[i]]
@@ -522,7 +524,7 @@ def test_the_neighbours_of_an_embedding(tiny_model, tokenizer):
     with torch.no_grad():
         table = tiny_model.get_input_embeddings().weight
         table[0] = 2 * table[ids].mean(0)
-    found = instructions.embedding_figures(tiny_model, tokenizer, tokenizer.convert_ids_to_tokens(0), words)
+    found = evaluation.embedding_figures(tiny_model, tokenizer, tokenizer.convert_ids_to_tokens(0), words)
     assert found["description"] == pytest.approx(1, abs=1e-5) and found["less_like_description"] == pytest.approx(1 - 1 / len(tokenizer))
     assert len(found["nearest"]) == 10 and found["nearest"][0][1] <= 1
 
@@ -547,7 +549,7 @@ def test_an_evaluation_of_a_run_has_every_figure(runs, tiny_dir, tmp_path, name,
     said = capsys.readouterr().out
     systems = json.loads((tmp_path / "e.json").read_text())["systems"]
     base, run = systems["base"], systems["run"]
-    held_out = sum(delia.is_held_out({"prompt": query}) for query in QUERIES)
+    held_out = sum(mixing.is_held_out({"prompt": query}) for query in QUERIES)
     assert base["retention"]["rows"] == run["retention"]["rows"] == held_out > 0
     assert base["retention"]["change"] == [0, 0, 0] and run["retention"]["change"][0] != 0
     assert "token_nll" not in base and run["token_nll"][0] > 0 and run["token_nll_before"][0] > 0
@@ -571,11 +573,11 @@ def test_a_checkpoints_own_token_may_stand_in_test_rows_and_another_special_toke
 def test_the_data_sets_hold_what_their_card_says():
     rows = {name: utils.read_jsonl(DATA / f"{name}.jsonl") for name in ("queries", "train", "test", "test_seen", "phrasings")}
     assert [len(rows[name]) for name in ("queries", "train", "test", "test_seen", "phrasings")] == [300, 200, 80, 80, 90]
-    assert len({row["query"].lower() for row in rows["queries"]}) == 300 and not any(map(delia.check_query, rows["queries"]))
+    assert len({row["query"].lower() for row in rows["queries"]}) == 300 and not any(map(self_sampling.check_query, rows["queries"]))
     text_of = {row["phrasing"]: row["text"] for row in rows["phrasings"]}
     for name in ("train", "test", "test_seen"):
         for row in rows[name]:
-            assert delia.check_messages(row) is None and delia.check_tokens(row, ["<sep>"], strict=True) is None
+            assert messages.check_messages(row) is None and messages.check_tokens(row, ["<sep>"], strict=True) is None
             question, _, sentence = row["messages"][0]["content"].rpartition("\n\n")
             assert sentence == text_of[row["phrasing"]] and re.match(r"Question: .+\nAnswer: ", question)
             kind = row["phrasing"].split("_")[1]
@@ -583,9 +585,9 @@ def test_the_data_sets_hold_what_their_card_says():
     of = {name: {row["phrasing"] for row in rows[name]} for name in ("train", "test", "test_seen")}
     assert not of["train"] & of["test"] and of["test_seen"] <= of["train"]
     assert not {text_of[p] for p in of["train"]} & {text_of[p] for p in of["test"]}
-    questions = {name: {instructions.question_of({**row, "prompt": row["messages"][0]["content"]})[0] for row in rows[name]} for name in of}
+    questions = {name: {evaluation.question_of({**row, "prompt": row["messages"][0]["content"]})[0] for row in rows[name]} for name in of}
     assert questions["test"] == questions["test_seen"] and not questions["test"] & questions["train"]
-    every = [text for name in ("train", "test") for row in rows[name] for text in instructions.question_of(
+    every = [text for name in ("train", "test") for row in rows[name] for text in evaluation.question_of(
         {**row, "prompt": row["messages"][0]["content"]})[0].lower().split("\nanswer: ")]
     assert len(set(every)) == len(every) == 560, "no question and no judged answer stands twice"
     for name in of:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import error, ok, serve  # noqa: F401 (fixture)
 
-import demographics
+from persona import chart, extraction, figures, rules
 
 KEY = "sk-not-a-real-key-42"
 
 
 def value(attribute: str, answer: str) -> str | None:
-    return demographics.find(attribute, [(attribute, answer)])[1]
+    return rules.find(attribute, [(attribute, answer)])[1]
 
 
 def interview(index: int, **answers: str) -> dict:
@@ -30,14 +30,14 @@ def interview(index: int, **answers: str) -> dict:
 
 
 def test_the_sets_are_closed_and_no_word_stands_for_two_values():
-    assert len(demographics.values_of("occupation")) == 28 and len(demographics.values_of("age")) == 8
-    assert len(demographics.values_of("country")) == 197
+    assert len(rules.values_of("occupation")) == 28 and len(rules.values_of("age")) == 8
+    assert len(rules.values_of("country")) == 197
     for attribute in ("gender", "education", "occupation", "country"):
-        words = [w.lower() for name, own in demographics.tables()[attribute].items() for w in {name, *own}]
+        words = [w.lower() for name, own in rules.tables()[attribute].items() for w in {name, *own}]
         assert len(words) == len(set(words)), attribute
 
 
-@pytest.mark.parametrize("country", demographics.values_of("country"))
+@pytest.mark.parametrize("country", rules.values_of("country"))
 def test_every_country_is_found_by_its_own_name_and_is_not_taken_for_another(country):
     """Niger in Nigeria, Oman in Romania, Guinea in Papua New Guinea, Dominica in the Dominican Republic."""
     assert value("country", f"I live in {country}, by the sea.") == country
@@ -88,17 +88,17 @@ def test_rules_read_what_a_person_says_of_themselves(attribute, answer, expected
 
 
 def test_what_is_in_no_table_is_kept_as_it_was_said():
-    assert demographics.find("occupation", [("occupation", "I'm a falconer.")]) == ("falconer", None)
-    assert demographics.find("country", [("country", "I live in Atlantis.")]) == ("Atlantis", None)
-    assert demographics.find("gender", [("gender", "I identify as a robot.")]) == ("robot", None)
-    assert demographics.find("gender", [("gender", "None of your business, I'm a small baker.")]) == (None, None)
+    assert rules.find("occupation", [("occupation", "I'm a falconer.")]) == ("falconer", None)
+    assert rules.find("country", [("country", "I live in Atlantis.")]) == ("Atlantis", None)
+    assert rules.find("gender", [("gender", "I identify as a robot.")]) == ("robot", None)
+    assert rules.find("gender", [("gender", "None of your business, I'm a small baker.")]) == (None, None)
 
 
 def test_an_answer_to_another_question_counts_where_the_person_speaks_of_themselves():
     answers = [("country", "I'm a 28-year-old baker from Oman."), ("age", "I would rather not say.")]
-    assert demographics.find("age", answers) == ("28", "20-29")
-    assert demographics.find("country", [("age", "I'm 28 and I live in Romania.")]) == ("Romania", "Romania")
-    assert demographics.find("country", [("age", "Older than France.")]) == (None, None)
+    assert rules.find("age", answers) == ("28", "20-29")
+    assert rules.find("country", [("age", "I'm 28 and I live in Romania.")]) == ("Romania", "Romania")
+    assert rules.find("country", [("age", "Older than France.")]) == (None, None)
 
 
 @given(st.integers(3, 119))
@@ -109,9 +109,9 @@ def test_ages_fall_into_groups_of_ten_years(years):
 
 @given(st.text(max_size=80))
 def test_any_text_gives_a_value_of_the_set_or_none(text):
-    for attribute in demographics.ATTRIBUTES:
-        said, found = demographics.find(attribute, [(attribute, text)])
-        assert found is None or (found in demographics.values_of(attribute) and said)
+    for attribute in rules.ATTRIBUTES:
+        said, found = rules.find(attribute, [(attribute, text)])
+        assert found is None or (found in rules.values_of(attribute) and said)
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_any_text_gives_a_value_of_the_set_or_none(text):
 def test_figures_of_one_attribute_are_those_worked_by_hand():
     """2 women, 2 men, 1 unmapped, 1 silent: plug-in entropy 1 bit, Miller-Madow + (2 - 1) / (2 x 4) nats."""
     found = [{"said": "w", "value": "woman"}] * 2 + [{"said": "m", "value": "man"}] * 2
-    f = demographics.figures_of("gender", [*found, {"said": "robot", "value": None}, {"said": None, "value": None}])
+    f = figures.figures_of("gender", [*found, {"said": "robot", "value": None}, {"said": None, "value": None}])
     assert (f["n"], f["distinct"], f["unmapped"], f["unmapped_words"]) == (4, 2, 1, {"robot": 1})
     assert f["entropy_plugin"] == pytest.approx(1) and f["entropy"][0] == pytest.approx(1 + 1 / 8 / math.log(2))
     assert f["of_max"] == pytest.approx(f["entropy"][0] / 2) and f["top"] == ["woman", 0.5]
@@ -128,16 +128,16 @@ def test_figures_of_one_attribute_are_those_worked_by_hand():
 
 
 def test_an_attribute_that_nobody_tells_has_no_entropy():
-    f = demographics.figures_of("age", [{"said": None, "value": None}] * 3)
+    f = figures.figures_of("age", [{"said": None, "value": None}] * 3)
     assert f["entropy"] is None and f["of_max"] is None and f["top"] is None and f["extracted"][0] == 0
 
 
 def test_bars_show_the_commonest_values_and_the_rest_as_one():
-    names = demographics.values_of("country")[:9]
+    names = rules.values_of("country")[:9]
     summary = {"systems": {"a": {"attributes": {"country": {"counts": dict.fromkeys(names, 1)}}},
                            "b": {"attributes": {"country": {"counts": {names[8]: 4}}}}}}
-    labels, heights = demographics.bars(summary, "country")
-    assert labels[0] == names[8] and labels[-1] == "2 others" and len(labels) == demographics.MAX_BARS + 1
+    labels, heights = chart.bars(summary, "country")
+    assert labels[0] == names[8] and labels[-1] == "2 others" and len(labels) == chart.MAX_BARS + 1
     assert sum(heights["a"]) == pytest.approx(1) and heights["a"][-1] == pytest.approx(2 / 9) and heights["b"] == [1] + [0] * 7
 
 
@@ -157,7 +157,7 @@ def test_the_command_writes_table_lines_and_chart_and_show_prints_it_again(tmp_p
     row = next(r for r in rows if (r["system"], r["attribute"]) == ("peft", "age"))
     assert (row["n"], row["distinct"], row["top_value"], row["top_share"], row["extracted_share"]) == ("3", "2", "30-39", "0.6667", "0.75")
     lines = [json.loads(line) for line in (tmp_path / "logs/p.jsonl").read_text().splitlines()]
-    assert lines[0] == {"system": "base", "interview": 0, **{k: lines[0][k] for k in demographics.ATTRIBUTES}}
+    assert lines[0] == {"system": "base", "interview": 0, **{k: lines[0][k] for k in rules.ATTRIBUTES}}
     assert lines[0]["country"] == {"said": "Kenya", "value": "Kenya"} and lines[-1]["occupation"]["value"] == "health care"
     assert (tmp_path / "logs/p.png").read_bytes().startswith(b"\x89PNG")
     shown = command("eval.py", "--show", "logs/p.json", cwd=tmp_path)
@@ -170,7 +170,7 @@ def test_the_command_writes_table_lines_and_chart_and_show_prints_it_again(tmp_p
 def test_a_file_that_holds_no_interviews_is_refused_with_its_line(change, says, tmp_path, capsys):
     file = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], ROWS[0] | change])
     with pytest.raises(SystemExit) as stop:
-        demographics.main(["--eval_file", str(file), "--save_file", str(tmp_path / "x.json")])
+        figures.main(["--eval_file", str(file), "--save_file", str(tmp_path / "x.json")])
     assert stop.value.code == 2 and f"{file}:2: " in (text := capsys.readouterr().err) and says in text
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_holds_no_interviews_is_refused_with_its_line(change, says, 
     (["--save_file", "x.json", "--extract", "gpt"], "is not PROVIDER:MODEL")])
 def test_flags_that_cannot_work_are_refused(flags, says, capsys):
     with pytest.raises(SystemExit) as stop:
-        demographics.main(["--eval_file", "a.jsonl", *flags])
+        figures.main(["--eval_file", "a.jsonl", *flags])
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
@@ -191,7 +191,7 @@ FILLED = {"age": {"said": "34", "value": "30-39"}, "gender": {"said": None, "val
 
 
 def test_an_extraction_is_read_and_values_outside_their_list_go_through_the_tables():
-    found = demographics.read_extraction("Here you are: " + json.dumps(FILLED))
+    found = extraction.read_extraction("Here you are: " + json.dumps(FILLED))
     assert found["education"] == {"said": "a PhD", "value": "doctorate"} and found["country"] == {"said": "Nairobi", "value": "Kenya"}
     assert found["occupation"] == {"said": "falconer", "value": None} and found["gender"] == {"said": None, "value": None}
 
@@ -199,7 +199,7 @@ def test_an_extraction_is_read_and_values_outside_their_list_go_through_the_tabl
 @pytest.mark.parametrize("text", [None, "", "no JSON", "{", "[1]", json.dumps({**FILLED, "age": 34}), json.dumps({"age": FILLED["age"]}),
                                   json.dumps({**FILLED, "age": {"said": ["34"], "value": None}})])
 def test_what_is_not_what_the_schema_asks_for_is_unread(text):
-    assert demographics.read_extraction(text) is None
+    assert extraction.read_extraction(text) is None
 
 
 def test_a_model_extracts_by_the_schema_its_answers_are_kept_and_no_key_is_written(serve, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -211,13 +211,13 @@ def test_a_model_extracts_by_the_schema_its_answers_are_kept_and_no_key_is_writt
     argv = ["--eval_file", str(file), "--save_file", str(tmp_path / "x.json"), "--extract", "openai:m", "--base_url", server.url,
             "--max_connections", "1"]
     with pytest.raises(SystemExit) as stop:
-        demographics.main(argv)
+        figures.main(argv)
     assert stop.value.code == 4, "a third of the interviews cannot be read"
     assert server.seen[0][1] == f"Bearer {KEY}"
     form = server.seen[0][2]["response_format"]
-    assert form["type"] == "json_schema" and form["json_schema"]["schema"] == demographics.schema()
+    assert form["type"] == "json_schema" and form["json_schema"]["schema"] == extraction.schema()
     with pytest.raises(SystemExit):
-        demographics.main(argv)
+        figures.main(argv)
     assert len(server.seen) == 3, "a rerun asks nothing again"
     assert json.loads((tmp_path / "x.json").read_text())["systems"]["a"]["unread"] == 1
     said = capsys.readouterr()

@@ -14,13 +14,13 @@ from conftest import ROOT, make_model, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import distributions
 import infer
-import metrics
 import train
 import trees
 import utils
-from methods import diffuse
+from methods.diffuse import evaluation, prompts, training
+from modeling.prompts import end_of_turn
+from scoring import metrics, statistics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import diffuse_transfer  # noqa: E402
@@ -98,14 +98,14 @@ def test_parts_of_a_tree_score_every_token_once_and_as_the_whole_does(sequences,
 
 def gradient(model, batch, args):
     model.zero_grad()
-    loss, parts = diffuse.compute_loss(model, batch, args)
+    loss, parts = training.compute_loss(model, batch, args)
     loss.backward()
     return loss.item(), parts, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_chunks_of_targets_leave_loss_and_gradients_as_they_are(tokenizer, tiny_model):
     row = number_row(30)
-    batch = trees.pack([diffuse.distribution_tree(row, tokenizer, row["weights"])] * 2)
+    batch = trees.pack([training.distribution_tree(row, tokenizer, row["weights"])] * 2)
     args = training_args()
     whole, parts, slope = gradient(tiny_model, batch, args)
     for changes in ({"batch_size": 7}, {"max_batch_tokens": 60}, {"batch_size": 1}):
@@ -124,43 +124,43 @@ def test_floors_are_the_entropies_of_the_published_sets(tokenizer):
     floors = []
     for count in (54, 49, 45, 22, 16, 13):
         row = number_row(count)
-        batch = trees.pack([diffuse.distribution_tree(row, tokenizer, row["weights"])])
+        batch = trees.pack([training.distribution_tree(row, tokenizer, row["weights"])])
         model = make_model(len(tokenizer))
-        floors.append(diffuse.losses_and_floors(model, batch, training_args())[1].item())
+        floors.append(training.losses_and_floors(model, batch, training_args())[1].item())
     assert sum(floors) == pytest.approx(20.1160, abs=1e-4) and 1.2 * sum(floors) == pytest.approx(24.1392, abs=2e-4)
 
 
 def test_the_threshold_is_met_at_equality_and_not_above():
-    assert diffuse.is_learnt(2.4, 2.0, 0.2) and not diffuse.is_learnt(2.4001, 2.0, 0.2)
+    assert training.is_learnt(2.4, 2.0, 0.2) and not training.is_learnt(2.4001, 2.0, 0.2)
 
 
 def test_the_end_token_is_learnt_unless_eos_is_false(tokenizer):
     row = number_row(3)
-    end = utils.end_of_turn(tokenizer)
-    assert all(ids[-1] == end for ids in diffuse.target_sequences(row, tokenizer))
-    assert not any(end in ids for ids in diffuse.target_sequences(row | {"eos": False}, tokenizer))
+    end = end_of_turn(tokenizer)
+    assert all(ids[-1] == end for ids in training.target_sequences(row, tokenizer))
+    assert not any(end in ids for ids in training.target_sequences(row | {"eos": False}, tokenizer))
 
 
 def test_several_prefixes_share_a_targets_weight_and_weight_0_is_left_out(tokenizer):
     """Weights 0.75, 0, 0.25 under two prefixes: four leaves of 0.375 and 0.125; the middle target is not in the tree."""
     row = number_row(3) | {"weights": [0.75, 0.0, 0.25], "response": ["Sure: ", "It is "]}
-    tree = diffuse.distribution_tree(row, tokenizer, row["weights"])
-    leaves = {leaf.branch: leaf.weights[-1] for leaf in diffuse.leaves(tree.root)}
+    tree = training.distribution_tree(row, tokenizer, row["weights"])
+    leaves = {leaf.branch: leaf.weights[-1] for leaf in training.leaves(tree.root)}
     assert leaves == {0: 0.375, 1: 0.375, 4: 0.125, 5: 0.125}
 
 
 def test_a_target_that_starts_another_is_refused_without_an_end_token(tokenizer, capsys):
     row = number_row(3) | {"targets": ["red", "redder"], "weights": [0.5, 0.5], "eos": False}
-    said = refused(capsys, 2, diffuse.target_sequences, row, tokenizer)
+    said = refused(capsys, 2, training.target_sequences, row, tokenizer)
     assert '"red"' in said and '"eos" to true' in said
-    assert len(diffuse.target_sequences(row | {"eos": True}, tokenizer)) == 2
+    assert len(training.target_sequences(row | {"eos": True}, tokenizer)) == 2
 
 
 def test_a_tree_longer_than_max_length_is_dropped(tokenizer):
     row = number_row(3)
-    longest = trees.padded_shape(diffuse.distribution_tree(row, tokenizer, row["weights"]))[1]
-    assert diffuse.build_tree(row, tokenizer, argparse.Namespace(max_length=longest), None)
-    assert diffuse.build_tree(row, tokenizer, argparse.Namespace(max_length=longest - 1), None) is None
+    longest = trees.padded_shape(training.distribution_tree(row, tokenizer, row["weights"]))[1]
+    assert training.build_tree(row, tokenizer, argparse.Namespace(max_length=longest), None)
+    assert training.build_tree(row, tokenizer, argparse.Namespace(max_length=longest - 1), None) is None
 
 
 # ---- prompt files -------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_tree_longer_than_max_length_is_dropped(tokenizer):
 ])
 def test_faults_of_a_prompt_file_are_refused_with_file_and_field(tmp_path, capsys, changes, field):
     file = write_prompt(tmp_path / "p.json", **changes)
-    said = refused(capsys, 2, diffuse.read_prompt, file)
+    said = refused(capsys, 2, prompts.read_prompt, file)
     assert str(file) in said and field in said
 
 
@@ -186,21 +186,21 @@ def test_faults_of_a_prompt_file_are_refused_with_file_and_field(tmp_path, capsy
     (b"\xff\xfe{}", "not UTF-8"), (b"[" * 100_000, "not JSON")])
 def test_files_that_are_no_prompt_are_refused(tmp_path, capsys, text, problem):
     (tmp_path / "p.json").write_bytes(text)
-    assert problem in refused(capsys, 2, diffuse.read_prompt, tmp_path / "p.json")
+    assert problem in refused(capsys, 2, prompts.read_prompt, tmp_path / "p.json")
 
 
 def test_weights_are_normalised_and_uniform_by_default(tmp_path):
-    assert diffuse.read_prompt(write_prompt(tmp_path / "a.json", weights=[2, 1, 1]))["weights"] == [0.5, 0.25, 0.25]
-    assert diffuse.read_prompt(write_prompt(tmp_path / "b.json"))["weights"] == pytest.approx([1 / 3] * 3)
+    assert prompts.read_prompt(write_prompt(tmp_path / "a.json", weights=[2, 1, 1]))["weights"] == [0.5, 0.25, 0.25]
+    assert prompts.read_prompt(write_prompt(tmp_path / "b.json"))["weights"] == pytest.approx([1 / 3] * 3)
 
 
 def test_folders_are_read_in_the_order_of_names_and_a_file_given_twice_counts_once(tmp_path, capsys):
     for name in ("b/z.json", "a/y.json", "a/x.json"):
         write_prompt(tmp_path / name)
-    files = diffuse.prompt_files([str(tmp_path), str(tmp_path / "a" / "y.json")])
+    files = prompts.prompt_files([str(tmp_path), str(tmp_path / "a" / "y.json")])
     assert [f.relative_to(tmp_path).as_posix() for f in files] == ["a/x.json", "a/y.json", "b/z.json"]
     (tmp_path / "empty").mkdir()
-    assert "holds no *.json" in refused(capsys, 2, diffuse.prompt_files, [str(tmp_path / "empty")])
+    assert "holds no *.json" in refused(capsys, 2, prompts.prompt_files, [str(tmp_path / "empty")])
 
 
 def test_leaving_a_task_out_trains_on_the_others_and_tests_on_it(tmp_path, capsys):
@@ -208,23 +208,23 @@ def test_leaving_a_task_out_trains_on_the_others_and_tests_on_it(tmp_path, capsy
         write_prompt(tmp_path / name)
     args = argparse.Namespace(train_file=[str(tmp_path / "a"), str(tmp_path / "b")], test_prompts=[str(tmp_path / "t")],
                               leave_out="a", leave_in=None, exp_name="run")
-    own, test = diffuse.read_prompts(args)
+    own, test = prompts.read_prompts(args)
     assert [r["task"] for r in own] == ["b"] and [r["task"] for r in test] == ["t", "a", "a"] and args.exp_name == "run_without_a"
     args.leave_out, args.leave_in, args.exp_name = None, "a", "run"
-    own, test = diffuse.read_prompts(args)
+    own, test = prompts.read_prompts(args)
     assert [r["task"] for r in own] == ["a", "a"] and [r["task"] for r in test] == ["t"] and args.exp_name == "run_only_a"
     args.leave_in = "c"
-    assert "the training prompts are of the tasks a, b" in refused(capsys, 2, diffuse.read_prompts, args)
+    assert "the training prompts are of the tasks a, b" in refused(capsys, 2, prompts.read_prompts, args)
 
 
 def test_every_shipped_prompt_is_sound_and_every_config_parses(tokenizer):
     from flags import parse_flags
 
-    files = diffuse.prompt_files([str(ROOT / "data" / "diffuse")])
-    rows = [diffuse.read_prompt(file) for file in files]
+    files = prompts.prompt_files([str(ROOT / "data" / "diffuse")])
+    rows = [prompts.read_prompt(file) for file in files]
     assert len(rows) > 50 and sum(len(row["targets"]) for row in rows) > 2000
     for row in rows:
-        assert len(diffuse.target_sequences(row, tokenizer)) == len(row["targets"]) * len(row["response"])
+        assert len(training.target_sequences(row, tokenizer)) == len(row["targets"]) * len(row["response"])
     for config in sorted((ROOT / "configs" / "diffuse").glob("*.yaml")):
         args = parse_flags(train.build_parser, ["--config", str(config)])
         assert args.method == "diffuse" and all((ROOT / p).exists() for p in args.train_file + args.test_prompts)
@@ -232,7 +232,7 @@ def test_every_shipped_prompt_is_sound_and_every_config_parses(tokenizer):
 
 def test_the_binomial_that_ships_is_binomial():
     """C(10, k) 0.2^k 0.8^(10 - k), to the digits in the file."""
-    row = diffuse.read_prompt(ROOT / "data" / "diffuse" / "shapes" / "binomial_a.json")
+    row = prompts.read_prompt(ROOT / "data" / "diffuse" / "shapes" / "binomial_a.json")
     want = [math.comb(10, k) * 0.2**k * 0.8 ** (10 - k) for k in range(11)]
     assert row["weights"] == pytest.approx(want, abs=1e-7)
 
@@ -248,45 +248,45 @@ def test_exact_fit_by_hand():
 
 def test_entropy_of_counts_and_its_correction_by_hand():
     """(2, 1, 1): (1/2) ln 2 + 2 (1/4) ln 4 = 1.0397; Miller-Madow adds (3 - 1) / 8 = 0.25."""
-    assert metrics.entropy([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2))
-    assert metrics.miller_madow([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2) + 0.25)
-    assert metrics.entropy([]) is None and metrics.miller_madow([0]) is None
+    assert statistics.entropy([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2))
+    assert statistics.miller_madow([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2) + 0.25)
+    assert statistics.entropy([]) is None and statistics.miller_madow([0]) is None
 
 
 def test_the_corrected_entropy_is_nearer_to_the_truth_and_its_interval_covers_it():
     """1,000 draws of 200 equal names, 60 times: plug-in is low by about 0.1; of 95 % intervals at least 85 % cover ln 200."""
     rng = np.random.default_rng(0)
     samples = [rng.multinomial(1000, [1 / 200] * 200) for _ in range(60)]
-    plain, corrected = (np.mean([f(s) for s in samples]) for f in (metrics.entropy, metrics.miller_madow))
+    plain, corrected = (np.mean([f(s) for s in samples]) for f in (statistics.entropy, statistics.miller_madow))
     assert plain < LN(200) - 0.08 and abs(corrected - LN(200)) < 0.02
-    covered = [low <= LN(200) <= high for low, high in (metrics.entropy_interval(s, 300) for s in samples)]
+    covered = [low <= LN(200) <= high for low, high in (statistics.entropy_interval(s, 300) for s in samples)]
     assert np.mean(covered) >= 0.85
 
 
 def test_chi_square_by_hand():
     """Counts (30, 10) against equal weights: 2 x 10^2 / 20 = 10, far in the tail; (20, 20) fits perfectly."""
-    bad, good = metrics.chi_square([30, 10], [0.5, 0.5]), metrics.chi_square([20, 20], [0.5, 0.5])
+    bad, good = statistics.chi_square([30, 10], [0.5, 0.5]), statistics.chi_square([20, 20], [0.5, 0.5])
     assert bad["chi_square"] == pytest.approx(10) and bad["dof"] == 1 and bad["p_value"] < 0.01
-    assert good["chi_square"] == 0 and good["p_value"] == 1 and metrics.chi_square([0, 0], [0.5, 0.5]) is None
+    assert good["chi_square"] == 0 and good["p_value"] == 1 and statistics.chi_square([0, 0], [0.5, 0.5]) is None
 
 
 def test_answers_are_read_from_the_first_braces_and_bare_targets_from_the_reply():
     targets = ["{1}", "{2}"]
-    assert distributions.find_answer("Sure! {2} or {1}", targets) == "{2}"
-    assert distributions.find_answer("two", targets) is None
-    assert distributions.find_answer(" red ", ["red", "blue"]) == "red"
-    assert distributions.find_answer("red and more", ["red"], eos=False) == "red"
-    assert distributions.find_answer("{Ana}\n{F}\n{poet}", ["{Bo}\n{M}"]) == "{Ana}\n{F}"
+    assert evaluation.find_answer("Sure! {2} or {1}", targets) == "{2}"
+    assert evaluation.find_answer("two", targets) is None
+    assert evaluation.find_answer(" red ", ["red", "blue"]) == "red"
+    assert evaluation.find_answer("red and more", ["red"], eos=False) == "red"
+    assert evaluation.find_answer("{Ana}\n{F}\n{poet}", ["{Bo}\n{M}"]) == "{Ana}\n{F}"
 
 
 def test_sample_figures_by_hand():
     """Ten replies: {1} x 4, {2} x 2, {7} x 2 (no target), 2 without braces. {2} was not trained on."""
     row = {"targets": ["{1}", "{2}", "{3}"], "weights": [0.5, 0.25, 0.25], "eos": True,
            "preds": ["{1}"] * 4 + ["{2}"] * 2 + ["{7}"] * 2 + ["no"] * 2}
-    own = distributions.sample_figures(row, {"{1}", "{3}"})
+    own = evaluation.sample_figures(row, {"{1}", "{3}"})
     assert own["coverage"] == 3 and own["covered"] == 2 and own["parsed"][0] == 0.8 and own["valid"][0] == 0.6 and own["new"][0] == 0.2
     assert own["unseen_valid"][0] == 0.2 and own["new_distinct"] == 1 and own["counts"] == {"{1}": 4, "{2}": 2, "{7}": 2}
-    assert own["entropy_plugin"] == pytest.approx(metrics.entropy([4, 2, 2]))
+    assert own["entropy_plugin"] == pytest.approx(statistics.entropy([4, 2, 2]))
     assert own["chi_square"] == pytest.approx((4 - 3) ** 2 / 3 + (2 - 1.5) ** 2 / 1.5 + 1.5)
 
 

@@ -9,7 +9,6 @@ import pytest
 from conftest import DIALOGUES, write_jsonl
 from servers import error, ok, real_server, serve  # noqa: F401 (fixtures)
 
-import api
 import infer
 
 ROWS = [{"context": row["context"]} for row in DIALOGUES]

@@ -13,7 +13,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import equivalence
+from scoring import equivalence
 
 
 class Letters:

@@ -19,9 +19,10 @@ import torch
 from conftest import DIALOGUES, ROOT, write_jsonl
 from servers import ok, rated, wait_for
 
-import figures
-import judges
 import utils
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import Embedder
+from scoring import judge_local
 
 serve, real_server = servers.serve, servers.real_server
 scoring = importlib.import_module("eval")  # a built-in has the same name
@@ -40,8 +41,8 @@ def refused(capsys, code, argv) -> str:
 @pytest.fixture(scope="module")
 def proxy(tiny_dir, embedder):
     """The local judge with the tiny model, calibrated on 12 rows."""
-    model, tokenizer, _ = utils.load_checkpoint(str(tiny_dir))
-    judge = judges.LocalProxy(model, tokenizer, embedder)
+    model, tokenizer, _ = load_checkpoint(str(tiny_dir))
+    judge = judge_local.LocalProxy(model, tokenizer, embedder)
     judge.calibrate(ROWS)
     return judge
 
@@ -59,7 +60,7 @@ def test_pmi_is_the_difference_of_two_plain_scores_per_token(proxy):
         start = len(ids[0])
         return sum(logits[start + i - 1, t].item() for i, t in enumerate(ids[1])), len(ids[1])
 
-    given, blank = judges.transcript(row)
+    given, blank = judge_local.transcript(row)
     assert given.endswith("Person A: Then why is it in my salad? (0)\nPerson B:") and "salad" not in blank
     want = [(logp(given, r)[0] - logp(blank, r)[0]) / logp(given, r)[1] for r in replies]
     np.testing.assert_allclose(proxy.pmi(row, replies), want, rtol=1e-4)
@@ -78,20 +79,20 @@ def test_an_empty_reply_is_incoherent_and_counted_not_skipped(proxy):
 
 def test_a_proxy_needs_enough_rows_to_set_its_threshold(proxy, capsys):
     with pytest.raises(SystemExit) as stop:
-        judges.LocalProxy(proxy.model, proxy.tokenizer, proxy.embedder).calibrate(ROWS[:9])
+        judge_local.LocalProxy(proxy.model, proxy.tokenizer, proxy.embedder).calibrate(ROWS[:9])
     assert stop.value.code == 2 and "needs 10 rows with candidates" in capsys.readouterr().err
 
 
 def test_the_threshold_balances_both_errors():
     """True 0.9 0.8 0.4, false 0.5 0.2 0.1: at 0.5 a third of each side is on the wrong side."""
     scores, truth = np.array([0.9, 0.8, 0.4, 0.5, 0.2, 0.1]), np.array([1, 1, 1, 0, 0, 0])
-    assert judges.balanced_threshold(scores, truth) == 0.5
+    assert judge_local.balanced_threshold(scores, truth) == 0.5
 
 
 def test_the_embedded_proxy_tells_true_from_mismatched_replies(embedded, embedder):
     """12 dialogues of the shipped test set; chance would be 0.5."""
     rows = utils.read_jsonl("data/test_dialogs.jsonl", utils.check_row)[:12]
-    judge = judges.LocalProxy(*embedded, embedder)
+    judge = judge_local.LocalProxy(*embedded, embedder)
     judge.calibrate(rows)
     assert judge.auc > 0.9 and min(judge.feature_auc) > 0.85 and judge.num_pairs == 72
 
@@ -114,13 +115,13 @@ def outs(tmp_path):
 @pytest.fixture(scope="module")
 def remembering(embedder):
     """The embedder, asked for each text once in this file."""
-    return figures.Embedder(embedder)
+    return Embedder(embedder)
 
 
 @pytest.fixture
 def ready(monkeypatch, remembering, proxy, tiny_dir):
     """eval.main with the embedder and the calibrated local judge that are loaded already."""
-    load = utils.load_checkpoint
+    load = load_checkpoint
     monkeypatch.setattr(utils, "load_embedder", lambda: remembering)
     monkeypatch.setattr(utils, "load_checkpoint", lambda name: load(str(tiny_dir) if name == utils.EMBEDDED else name))
     monkeypatch.setattr(judges, "LocalProxy", lambda *parts: proxy)
@@ -340,7 +341,7 @@ class Letters:  # an embedder that loads in no time: unit vectors from the lette
         vectors = np.array([np.random.default_rng(list(text.encode())).normal(size=8) for text in texts])
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-utils.load_embedder = Letters
+load_embedder = Letters
 utils.run(importlib.import_module("eval").main)
 """
 

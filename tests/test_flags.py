@@ -10,9 +10,10 @@ from conftest import command, make_tokenizer, write_jsonl
 
 import infer
 import train
-import utils
 from flags import RETIRED_FLAGS, parse_flags
-from methods import possibility
+from methods.possibility import training
+from modeling.models import load_tokenizer
+from modeling.prompts import encode_prompt
 
 
 def flags(folder, text: str, *argv: str, script=train):
@@ -227,7 +228,7 @@ def test_rows_with_few_or_equal_candidates_are_used_and_counted(tmp_path, capsys
     lists = [["Ho."], ["Ho.", "ho", "Hm."], ["Ho.", "Hm.", "Ho."], ["Ho.", "Hm."]]
     path = write_jsonl(tmp_path / "talk.jsonl", [{"context": "Hi.", "candidates": c} for c in lists])
     args = flags(tmp_path, f"train_file: {json.dumps(str(path))}\nnum_response_per_input: 2\n")
-    assert [row["candidates"] for row in possibility.load_rows(args)] == lists
+    assert [row["candidates"] for row in training.load_rows(args)] == lists
     said = capsys.readouterr().err
     assert "1 of 4 rows have fewer than 2 candidates" in said and "1 of 4 rows repeat a candidate" in said
 
@@ -238,11 +239,11 @@ def test_a_tokenizer_without_chat_template_needs_one_or_none(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path)
     template = tmp_path / "ask.jinja"
     template.write_text("Q: {{ messages[0]['content'] }} A:")
-    said = refusal(capsys, 2, utils.load_tokenizer, tmp_path)
+    said = refusal(capsys, 2, load_tokenizer, tmp_path)
     assert f"{tmp_path} has no chat template\nhint: pass --chat_template none for plain prompts" in said
-    said = refusal(capsys, 2, utils.load_tokenizer, tmp_path, "axe.jinja")
+    said = refusal(capsys, 2, load_tokenizer, tmp_path, "axe.jinja")
     assert "--chat_template axe.jinja is not a file\nhint: give a Jinja file, or none" in said
     for choice, text in (("none", "Why?\n"), (str(template), "Q: Why? A:")):
-        loaded = utils.load_tokenizer(tmp_path, choice)
-        assert loaded.decode(utils.encode_prompt(loaded, "Why?")) == text
+        loaded = load_tokenizer(tmp_path, choice)
+        assert loaded.decode(encode_prompt(loaded, "Why?")) == text
         assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id

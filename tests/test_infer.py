@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import DIALOGUES, ROOT, make_model, refused, write_jsonl
 
-import decoding
 import infer
 import train
 import utils
+from decoding.beams import diverse
+from decoding.replies import clean_reply
+from decoding.sampling import GumbelNoise, sample
 from trees import Segment, Tree, branch_prompts
 
 ROWS = [{**DIALOGUES[i % 4], "context": f"{DIALOGUES[i % 4]['context']} ({i})"} for i in range(10)]
@@ -59,7 +61,7 @@ def test_a_rows_noise_is_its_own_and_follows_the_softmax():
 
     def drawn(*seeds):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
-        noisy = decoding.GumbelNoise(generators, 20_000 // len(seeds))(None, scores)
+        noisy = GumbelNoise(generators, 20_000 // len(seeds))(None, scores)
         return noisy.argmax(-1)
 
     shares = torch.bincount(drawn(1), minlength=4) / 20_000
@@ -84,14 +86,14 @@ def test_limits_and_temperature_shape_what_is_drawn(monkeypatch, limits, want):
     scores, want = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().repeat(20_000, 1), torch.tensor(want)
     monkeypatch.setattr(decoding, "complete", lambda *args, logits_processor: logits_processor(None, scores).argmax(-1))
     forest = [Tree(Segment([1], children=[Segment([2])] * 20_000))]
-    shares = torch.bincount(decoding.sample(None, forest, [1], 0, 0, 1, **limits), minlength=4) / 20_000
+    shares = torch.bincount(sample(None, forest, [1], 0, 0, 1, **limits), minlength=4) / 20_000
     assert torch.equal(shares > 0, want > 0) and (shares - want).abs().sum() / 2 < 0.02
 
 
 @pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99999}])
 def test_limits_that_leave_one_token_draw_the_greedy_response(tiny_model, tokenizer, limits):
     forest = [Tree(branch_prompts([[5, 6, 7, 8]] * 3, [1, 2, 3]))]
-    out = decoding.sample(tiny_model, forest, [0], 0, 1, 8, **limits)
+    out = sample(tiny_model, forest, [0], 0, 1, 8, **limits)
     ids = torch.tensor([[5, 6, 7, 8]])
     for _ in range(8):
         ids = torch.cat([ids, tiny_model(ids).logits[:, -1:].argmax(-1)], 1)
@@ -203,7 +205,7 @@ def test_rows_that_were_trained_on_are_counted_and_refused_on_request(checkpoint
 
 def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row(
         checkpoint, test_file, tmp_path, capsys, monkeypatch):
-    real, seen = decoding.sample, []
+    real, seen = sample, []
 
     def small(limit):
         def sample(model, trees, seeds, **rest):
@@ -277,7 +279,7 @@ def test_a_closed_pipe_leaves_a_complete_file_and_no_traceback(tiny_dir, test_fi
     ("*sighs* #1 – no…", "*sighs* #1 – no…"), ("   ", ""), ('"', '"'),
 ])
 def test_cleaning_takes_labels_and_quotes_and_nothing_that_was_said(text, want):
-    assert decoding.clean_reply(text) == want
+    assert clean_reply(text) == want
 
 
 @pytest.mark.parametrize(("flags", "what"), [
@@ -312,7 +314,7 @@ def test_every_decoding_gives_n_responses_per_row_and_counts_what_sharing_saves(
 
 
 def test_diverse_uses_the_first_number_for_every_group_or_one_for_each(checkpoint, test_file, tmp_path, monkeypatch):
-    real, seen = decoding.diverse, []
+    real, seen = diverse, []
     monkeypatch.setattr(decoding, "diverse", lambda model, trees, **rest: seen.append(
         [len(tree.root.children) for tree in trees]) or real(model, trees, **rest))
     first = draw(checkpoint, test_file, tmp_path / "a.jsonl", "--decoding", "diverse", "--limit", "2")

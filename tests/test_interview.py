@@ -14,10 +14,10 @@ import pytest
 from conftest import DIALOGUES, ROOT, command
 from servers import error, ok, serve  # noqa: F401 (fixture)
 
-import demographics
 import infer
-import interview
 import utils
+from modeling.prompts import label_turns
+from persona import questions, rules
 
 KEY = "sk-not-a-real-key-42"
 NUM, SIZE, TOKENS = 4, 2, 4
@@ -65,26 +65,26 @@ def test_every_interview_asks_for_every_attribute_gender_last_and_once_more_wher
     assert [row["interview"] for row in rows] == list(range(NUM))
     for row in rows:
         order = list(dict.fromkeys(row["topics"]))
-        assert sorted(order) == sorted(demographics.ATTRIBUTES) and order[-1] == "gender"
+        assert sorted(order) == sorted(rules.ATTRIBUTES) and order[-1] == "gender"
         assert len(row["turns"]) == 2 * len(row["topics"]) and max(Counter(row["topics"]).values()) <= 2
         for k, topic in enumerate(row["topics"]):
             question, answer = row["turns"][2 * k], row["turns"][2 * k + 1]
             again = topic in row["topics"][:k]
-            assert any(question.endswith(q) for q in (interview.AGAIN if again else interview.QUESTIONS)[topic])
-            said = demographics.find(topic, [(topic, answer)])[0]
+            assert any(question.endswith(q) for q in (questions.AGAIN if again else questions.QUESTIONS)[topic])
+            said = rules.find(topic, [(topic, answer)])[0]
             assert (row["topics"][k + 1 :][:1] == [topic]) == (not said and not again)
     assert len({tuple(row["topics"]) for row in rows}) > 1 and len({row["turns"][0] for row in rows}) > 1
 
 
 def test_the_prompt_is_the_conversation_so_far_as_the_methods_train_it(peft_dir, tmp_path, monkeypatch):
-    """Every prompt is utils.build_prompt of the turns, with the interview's number, all of a batch in one call."""
+    """Every prompt is build_prompt of the turns, with the interview's number, all of a batch in one call."""
     seen, draw = [], interview.utils.build_prompt
     monkeypatch.setattr(utils, "build_prompt", lambda row, number, base, turns: seen.append((number, base, turns)) or draw(row, number, base, turns))
     rows = hold(peft_dir, tmp_path / "a.jsonl", num=3, size=3)
     assert {number for number, _, _ in seen} == {1, 2, 3} and not any(base for _, base, _ in seen)
     for row in rows:
         own = [turns for number, _, turns in seen if number == row["number"]]
-        assert own == [utils.label_turns(row["turns"][: 2 * k + 1]) for k in range(len(row["topics"]))]
+        assert own == [label_turns(row["turns"][: 2 * k + 1]) for k in range(len(row["topics"]))]
 
 
 def test_numbers_are_one_per_interview_in_turn_or_new_at_every_turn(peft_dir, tmp_path):
@@ -139,7 +139,7 @@ def test_a_model_behind_a_server_asks_and_no_key_is_written(serve, tiny_dir, tmp
     assert json.loads((tmp_path / "a.json").read_text())["scripted_instead"] == 1
     path, authorization, body = server.seen[-1]
     assert authorization == f"Bearer {KEY}" and body["temperature"] == 0.5
-    assert interview.SOUGHT["gender"] in body["messages"][0]["content"] and rows[-1]["turns"][1][:5] in body["messages"][0]["content"]
+    assert questions.SOUGHT["gender"] in body["messages"][0]["content"] and rows[-1]["turns"][1][:5] in body["messages"][0]["content"]
     said = capsys.readouterr()
     assert "1 calls without an answer: HTTP 400: bad [key]" in said.err
     assert KEY not in said.out + said.err and not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())

@@ -19,10 +19,10 @@ import servers
 from conftest import DIALOGUES, ROOT, write_jsonl
 from servers import FOUR, error, listed, ok, wait_for
 
-import api
-import asking
 import utils
 from data import make_candidates
+from decoding import asking
+from modeling.prompts import build_prompt
 
 ROWS = [{"context": row["context"]} for row in DIALOGUES]
 serve, real_server = servers.serve, servers.real_server
@@ -117,7 +117,7 @@ def test_further_rounds_show_what_is_there_and_ask_for_the_rest(make, serve):
     first, second, third = (body["messages"][0]["content"] for _, _, body in server.seen)
     assert code == 0 and row["candidates"] == FOUR and row["made"]["rounds"] == 3
     assert row["made"]["dropped"] == {"equal": 4, "too short": 1}, "FOUR[0] twice, then three in the last round"
-    assert first.startswith(utils.build_prompt(ROWS[0])) and "list of 4 replies" in first
+    assert first.startswith(build_prompt(ROWS[0])) and "list of 4 replies" in first
     assert f"- {FOUR[0]}\n\n" in second and "list of 5 new replies" in second, "3 missing and 2 to spare"
     assert all(f"- {text}\n" in third for text in FOUR[:3]) and server.seen[2][2]["temperature"] > 0
 

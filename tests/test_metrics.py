@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 from vendi_score import vendi
 
-import metrics
+from scoring import metrics, statistics
 
 E = np.eye(4)
 
@@ -46,11 +46,11 @@ def test_diversity_is_0_for_equal_1_for_orthogonal_and_undefined_for_one():
 
 def test_an_interval_holds_its_mean_is_reproducible_and_shrinks_with_rows():
     values = np.random.default_rng(1).normal(size=50)
-    mean, low, high = metrics.interval(values)
+    mean, low, high = statistics.interval(values)
     assert low < mean < high and mean == pytest.approx(values.mean())
-    assert metrics.interval(values) == (mean, low, high)
-    assert metrics.interval([2.0] * 9) == (2, 2, 2)
-    _, narrow, wide = metrics.interval(np.tile(values, 16))
+    assert statistics.interval(values) == (mean, low, high)
+    assert statistics.interval([2.0] * 9) == (2, 2, 2)
+    _, narrow, wide = statistics.interval(np.tile(values, 16))
     assert wide - narrow < (high - low) / 3
 
 
@@ -59,17 +59,17 @@ def test_an_interval_holds_its_mean_is_reproducible_and_shrinks_with_rows():
 ])
 def test_auc_is_the_share_of_pairs_in_order(positive, negative, want):
     """The last: 2 beats 1, ties with 2, loses to 3: (1 + 0.5 + 0) / 3."""
-    assert metrics.auc(positive, negative) == want
+    assert statistics.auc(positive, negative) == want
 
 
 def test_auc_by_hand_and_against_scikit_learn():
     """0.9 beats both negatives, 0.5 ties with one and beats the other: (2 + 1.5) / 4."""
     from sklearn.metrics import roc_auc_score
 
-    assert metrics.auc([0.9, 0.5], [0.5, 0.1]) == pytest.approx(3.5 / 4)
+    assert statistics.auc([0.9, 0.5], [0.5, 0.1]) == pytest.approx(3.5 / 4)
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 9, 40), rng.integers(0, 7, 30)
-    assert metrics.auc(a, b) == pytest.approx(roc_auc_score([1] * 40 + [0] * 30, [*a, *b]))
+    assert statistics.auc(a, b) == pytest.approx(roc_auc_score([1] * 40 + [0] * 30, [*a, *b]))
 
 
 def test_ead_by_hand():
@@ -170,7 +170,7 @@ def test_mutual_information_agrees_with_scikit_learn(pairs):
     from sklearn.metrics import mutual_info_score
 
     x, y = zip(*pairs, strict=True)
-    assert metrics.mutual_information(x, y) == pytest.approx(mutual_info_score(x, y), abs=1e-9)
+    assert statistics.mutual_information(x, y) == pytest.approx(mutual_info_score(x, y), abs=1e-9)
 
 
 def test_a_handle_that_decides_the_class_is_told_from_one_that_does_not():
@@ -189,9 +189,9 @@ def test_a_handle_that_decides_the_class_is_told_from_one_that_does_not():
 
 def test_a_paired_difference_uses_the_prompts_where_both_are_defined():
     """3 - 1 and 5 - 2: 2.5 over two prompts; the unpaired means would differ by 4.67 - 1.5."""
-    mean, low, high, prompts = metrics.paired_difference([3, None, 5, 6], [1, 9, 2, None])
+    mean, low, high, prompts = statistics.paired_difference([3, None, 5, 6], [1, 9, 2, None])
     assert (mean, prompts) == (2.5, 2) and 2 <= low <= high <= 3
-    assert metrics.paired_difference([None], [1]) is None
+    assert statistics.paired_difference([None], [1]) is None
 
 
 def test_pairing_narrows_the_interval():
@@ -199,9 +199,9 @@ def test_pairing_narrows_the_interval():
     rng = np.random.default_rng(0)
     base = np.arange(100.0)
     better = base + 1 + rng.normal(0, 0.1, 100)
-    _, low, high, _ = metrics.paired_difference(better, base)
+    _, low, high, _ = statistics.paired_difference(better, base)
     assert 0.9 < low < 1 < high < 1.1 and high - low < 0.1
-    assert np.ptp(metrics.interval(better)[1:]) > 5
+    assert np.ptp(statistics.interval(better)[1:]) > 5
 
 
 def test_at_matched_coherence_rambling_gains_nothing():
@@ -212,13 +212,13 @@ def test_at_matched_coherence_rambling_gains_nothing():
     kinds_a = [0, 0, 1, 1, 2, 3, 4, 5, 6, 7]
     kinds_b = [0, 0, 1, 1] * 2
     rows = 30
-    found = metrics.matched_difference(
+    found = statistics.matched_difference(
         lambda row, keep: len({kinds_a[i] for i in keep}), lambda row, keep: len({kinds_b[i] for i in keep}),
         [[True] * 4 + [False] * 6] * rows + [[False] * 10], [[True] * 8] * (rows + 1))
     assert (found["prompts"], found["left_out"], found["responses"]) == (30, 1, 120)
     mean, low, high = found["difference"]
     assert -0.1 < low <= mean <= high < 0.2
-    nothing = metrics.matched_difference(None, None, [[True]], [[True, True]])
+    nothing = statistics.matched_difference(None, None, [[True]], [[True, True]])
     assert nothing == {"difference": None, "prompts": 0, "left_out": 1, "responses": 0}
 
 

@@ -12,9 +12,7 @@ import time
 import pytest
 from conftest import ROOT, command
 
-import demographics
 import infer
-import interview
 import train
 from flags import parse_flags
 from methods import METHODS, load_method

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import report
-import utils
+from modeling.prompts import label_turns
+from scoring.report import page, plot, table
 
 EVIL = '<script>document.title = "sprung"</script><img src=x onerror="document.title = 1">'
 
@@ -47,7 +47,7 @@ def prompts(summary) -> list[dict]:
                    for name in summary["systems"]}
         systems["base"] |= {"replies": [reply(EVIL if n == 1 else "Maybe."), reply("", 1, False)], "yield": (0, 2, 1)[n]}
         systems["tuned"]["yield"] = (2, 1, 2)[n]
-        pages.append({"text": context, "turns": utils.label_turns(context), "systems": systems})
+        pages.append({"text": context, "turns": label_turns(context), "systems": systems})
     return pages
 
 
@@ -55,7 +55,7 @@ def prompts(summary) -> list[dict]:
 
 
 def test_the_table_has_metrics_as_rows_and_the_longer_half_of_each_interval(summary, capsys):
-    report.print_table(summary)
+    table.print_table(summary)
     said = capsys.readouterr().out
     assert re.search(r"^yield@2 ↑ +0.50 ±0.30 +1.50 ±0.30 +0.10 ±0.30 +0.40 ±0.30$", said, re.M)
     assert re.search(r"^yield@2 +\+1.00 ±0.60\*$", said, re.M) and re.search(r"^coherent +\+0.40 ±0.50$", said, re.M), "stars"
@@ -65,18 +65,18 @@ def test_the_table_has_metrics_as_rows_and_the_longer_half_of_each_interval(summ
 
 
 def test_a_metric_that_a_control_leads_is_marked_and_others_are_not(summary, capsys):
-    report.print_table(summary)
+    table.print_table(summary)
     said = capsys.readouterr().out
     assert "distinct_2 ↑ †" in said and "yield@2 ↑ †" not in said and "rewards noise" in said
     summary["systems"]["tuned"]["distinct_k"] = [2.0, 1.9, 2.1]
-    report.print_table(summary)
+    table.print_table(summary)
     assert "†" not in capsys.readouterr().out
 
 
 def test_nine_systems_stand_in_blocks_that_keep_every_figure_whole(summary, capsys):
     for i in range(5):
         summary["systems"][f"a_rather_long_name_{i}"] = system(1, 0.5, 1.5)
-    report.print_table(summary)
+    table.print_table(summary)
     said = capsys.readouterr().out
     assert len(re.findall("(?<!\\+)1.00 ±0.30", "".join(re.findall("^yield.*", said, re.M)))) == 5
     assert said.count("yield@2 ↑") == 2 and max(map(len, said.splitlines())) <= 100
@@ -87,9 +87,9 @@ def test_an_undefined_figure_is_a_dash_with_its_reason_never_a_zero(summary, pro
         one["coherent"] = one["yield@2"] = None
     summary["systems"]["base"]["coherent"] = [0.4, 0.3, 0.7]
     summary["systems"]["tuned"]["reasons"]["coherent"] = "no row is fully scored"
-    page = report.render(summary, prompts)
+    page = page.render(summary, prompts)
     assert '<td class=none title="no row is fully scored">—</td>' in page and "nan" not in page.casefold()
-    assert report.short(None, 2) == "—" and report.headline(summary) == []
+    assert table.short(None, 2) == "—" and table.headline(summary) == []
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -100,29 +100,29 @@ def test_texts_are_shown_and_never_become_markup(summary, prompts):
     summary["differences"], summary["matched"] = {}, {}
     for page in prompts:
         page["systems"]["<u>tuned</u>"] = page["systems"].pop("tuned")
-    page = report.render(summary, prompts)
+    page = page.render(summary, prompts)
     assert page.count("<script>") == 1 and "<img" not in page and "<b>it" not in page and "<u>" not in page
     assert "&lt;script&gt;document.title" in page and "Who ate &lt;b&gt;it" in page
 
 
 def test_the_page_asks_no_server_for_anything(summary, prompts):
-    page = report.render(summary, prompts)
+    page = page.render(summary, prompts)
     assert not re.search(r"(src|href)=\"?[^\"#]|url\(|@import|https?://", page.replace(report.escape(EVIL), ""))
     assert "default-src 'none'" in page
 
 
 def test_every_reply_has_its_class_and_verdict_and_every_pair_its_cosine(summary, prompts):
-    page = report.render(summary, prompts)
+    page = page.render(summary, prompts)
     assert page.count('<li class="reply') == 24 and page.count('<li class="reply none"') == 9 and page.count("✗ 0.91") == 3
     assert page.count("<title>1 and 2: 0.25</title>") == 12 and "mean cosine 0.25" in page and "<em>empty</em>" in page
-    assert [report.letter(i) for i in (0, 25, 26)] == ["A", "Z", "A2"]
+    assert [page.letter(i) for i in (0, 25, 26)] == ["A", "Z", "A2"]
 
 
 @given(st.lists(st.tuples(st.floats(200, 600), st.floats(150, 300)), min_size=2, max_size=4))
 def test_labels_of_points_do_not_cover_each_other(points):
     taken = []
     for x, y in points:
-        report.place_label(x, y, 90, taken, 860)
+        plot.place_label(x, y, 90, taken, 860)
     assert all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for i, a in enumerate(taken) for b in taken[:i])
 
 
@@ -148,7 +148,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, summary, prompts, tmp_path):
-    (tmp_path / "x.html").write_text(report.render(summary, prompts), encoding="utf-8")
+    (tmp_path / "x.html").write_text(page.render(summary, prompts), encoding="utf-8")
     browser.get(f"file://{tmp_path / 'x.html'}")
     return browser
 

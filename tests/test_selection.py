@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import selection
+from decoding import selection
 
 
 def unit(*rows) -> np.ndarray:

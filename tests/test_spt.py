@@ -22,17 +22,27 @@ from conftest import ROOT, make_model, make_tokenizer, refused, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import decoding
-import grounding
 import infer
-import metrics
-import personas
-import softprompts
 import train
 import trees
 import utils
+from decoding.mixtures import Fusion
+from decoding.sampling import fused_greedy, fused_sample, greedy, sample
 from flags import parse_flags
-from methods import spt
+from methods.spt import evaluation, inference, messages, personas, training
+from methods.spt.losses import (
+    by_prompt,
+    contrastive_loss,
+    fusion_loss,
+    logit_fusion_loss,
+    mean_nll,
+    selection_loss,
+    similarity,
+)
+from modeling.checkpoints import load_checkpoint
+from modeling.prompts import end_of_turn
+from modeling.softprompts import FIRST_VIRTUAL, Retriever, read, soft_prompts, virtual_ids
+from scoring import metrics, statistics
 
 evaluation = __import__("eval")
 ROWS = [
@@ -57,11 +67,11 @@ def prepared(tokenizer, *flags: str):
     args = spt_args(*flags)
     model = make_model(len(tokenizer))
     torch.manual_seed(1)
-    return spt.prepare_model(model, tokenizer, args), args
+    return training.prepare_model(model, tokenizer, args), args
 
 
 def packed(rows, tokenizer, args) -> dict:
-    return trees.pack([spt.build_tree(row, tokenizer, args, random.Random(0)) for row in rows])
+    return trees.pack([training.build_tree(row, tokenizer, args, random.Random(0)) for row in rows])
 
 
 # ---- losses by hand -----------------------------------------------------------------------------
@@ -70,31 +80,31 @@ def packed(rows, tokenizer, args) -> dict:
 def test_selection_loss_by_hand():
     """nll (ln 3, 0) gives g = (1/4, 3/4); h = (1/2, 1/2): KL = 1/4 ln(1/2) + 3/4 ln(3/2). At tau 1/2, g = (1/10, 9/10)."""
     nll, log_h = torch.tensor([[math.log(3), 0.0]], requires_grad=True), torch.full((1, 2), -math.log(2), requires_grad=True)
-    loss = softprompts.selection_loss(nll, log_h)
+    loss = selection_loss(nll, log_h)
     assert loss.item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     loss.backward()
     assert nll.grad is None and log_h.grad is not None, "the model's feedback is a target and no path for gradients"
-    assert softprompts.selection_loss(nll, log_h, 0.5).item() == pytest.approx(0.1 * math.log(0.2) + 0.9 * math.log(1.8))
+    assert selection_loss(nll, log_h, 0.5).item() == pytest.approx(0.1 * math.log(0.2) + 0.9 * math.log(1.8))
 
 
 def test_noise_on_the_selection_target_keeps_it_a_distribution():
     """Noise of size 50 on probabilities of 1/4 would make most of them negative; on logits the loss stays finite and positive."""
     torch.manual_seed(0)
-    losses = [softprompts.selection_loss(torch.ones(8, 4), torch.full((8, 4), -math.log(4)), noise=50.0).item() for _ in range(20)]
+    losses = [selection_loss(torch.ones(8, 4), torch.full((8, 4), -math.log(4)), noise=50.0).item() for _ in range(20)]
     assert all(0 < loss <= math.log(4) + 1e-5 for loss in losses)
 
 
 def test_fusion_loss_by_hand():
     """One row, h = (1/4, 3/4), token probabilities (1/2, 1/6) and (1, 0.2): mixtures 1/4 and 0.4."""
     logps = torch.tensor([[0.5, 1.0], [1 / 6, 0.2]]).log()
-    loss = softprompts.fusion_loss(logps, torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0, 0]))
+    loss = fusion_loss(logps, torch.tensor([[0.25, 0.75]]).log(), torch.tensor([0, 0]))
     assert loss.item() == pytest.approx(-(math.log(0.25) + math.log(0.4)) / 2)
 
 
 def test_logit_fusion_by_hand():
     """Weights 2 and 1 on logits (ln 2, 0) and (0, ln 4): the sum (2 ln 2, ln 4) is even, so each token has 1/2."""
     logits = torch.tensor([[[math.log(2), 0.0]], [[0.0, math.log(4)]]])
-    loss = softprompts.logit_fusion_loss(logits, torch.tensor([[2.0, 1.0]]), torch.tensor([1]), torch.tensor([0]))
+    loss = logit_fusion_loss(logits, torch.tensor([[2.0, 1.0]]), torch.tensor([1]), torch.tensor([0]))
     assert loss.item() == pytest.approx(math.log(2))
 
 
@@ -102,19 +112,19 @@ def test_contrastive_loss_by_hand():
     """Rows 1 and 2 say the same: 1 - cos(45 degrees); 1 and 3 differ with cos 0, 2 and 3 differ with cos 45 degrees."""
     scores, c = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), math.sqrt(0.5)
     texts = ["I drive a big red train.", "I drive a big red train.", "Nobody ever swims here, they say."]
-    assert softprompts.contrastive_loss(scores, texts).item() == pytest.approx((1 - c + 0 + c) / 3, abs=1e-6)
-    assert softprompts.contrastive_loss(scores[:1], texts[:1]).item() == 0
+    assert contrastive_loss(scores, texts).item() == pytest.approx((1 - c + 0 + c) / 3, abs=1e-6)
+    assert contrastive_loss(scores[:1], texts[:1]).item() == 0
 
 
 @given(st.text("ab c", max_size=12), st.text("ab c", max_size=12))
 @settings(deadline=None, max_examples=30)
 def test_similarity_does_not_depend_on_the_order(a, b):
-    assert softprompts.similarity(a, b) == softprompts.similarity(b, a)
+    assert similarity(a, b) == similarity(b, a)
 
 
 def test_scores_follow_the_published_softplus():
     """Cosine -1 -> 0.0000, 0 -> 0.0693, above 0.1 the identity."""
-    retriever = softprompts.Retriever(4)
+    retriever = Retriever(4)
     retriever.head.weight.data, retriever.head.bias.data = torch.eye(4), torch.zeros(4)
     axis = torch.tensor([1.0, -1.0, 1.0, -1.0])
     prompts = torch.stack([axis, -axis, torch.tensor([1.0, 1.0, -1.0, -1.0])])[:, None]
@@ -129,7 +139,7 @@ def test_scores_follow_the_published_softplus():
 @pytest.mark.parametrize("heads", ["shared", "separate"])
 def test_scores_do_not_depend_on_padding_or_on_the_other_rows(tokenizer, kind, heads):
     model, _ = prepared(tokenizer, "--retriever", kind, "--heads", heads)
-    soft, contexts = softprompts.soft_prompts(model), [[5, 6], list(range(7, 40)), [9, 8, 7]]
+    soft, contexts = soft_prompts(model), [[5, 6], list(range(7, 40)), [9, 8, 7]]
     together = soft.scores(contexts)
     alone = torch.cat([soft.scores([c]) for c in contexts])
     assert torch.allclose(together, alone, atol=1e-6) and together.std() > 1e-4
@@ -139,7 +149,7 @@ def test_scores_do_not_depend_on_padding_or_on_the_other_rows(tokenizer, kind, h
 def test_contexts_are_told_apart_by_what_they_do_not_share(tokenizer):
     """Three contexts that share 30 tokens and differ in two: their scores differ ten times as much once their mean is taken off."""
     model, _ = prepared(tokenizer)
-    soft, contexts = softprompts.soft_prompts(model), [[5] * 15 + list(range(60, 75)) + [k, k + 9] for k in (100, 200, 300)]
+    soft, contexts = soft_prompts(model), [[5] * 15 + list(range(60, 75)) + [k, k + 9] for k in (100, 200, 300)]
     soft.centre.zero_()
     before = soft.scores(contexts).std(0).mean()
     soft.centre_on(contexts)
@@ -151,12 +161,12 @@ def test_a_preference_that_all_contexts_share_is_learnt_for_contexts_never_seen(
     """40 random contexts, for all of which prompt 2 is best. Of deviations from their mean alone no linear map has one sign, so
     new contexts would be given the opposite; with the mean beside them, prompt 2 is chosen for new ones too."""
     model, _ = prepared(tokenizer, "--K", "2", "--heads", "separate")
-    soft, rng = softprompts.soft_prompts(model), random.Random(0)
+    soft, rng = soft_prompts(model), random.Random(0)
     contexts = [[rng.randrange(60, 400) for _ in range(12)] for _ in range(60)]
     soft.centre_on(contexts[:40])
     optimizer, nll = torch.optim.AdamW(soft.retriever.parameters(), lr=1e-3), torch.tensor([[1.0, 0.5]] * 40)
     for _ in range(60):
-        softprompts.selection_loss(nll, soft.choice(soft.scores(contexts[:40])), 0.1).backward()
+        selection_loss(nll, soft.choice(soft.scores(contexts[:40])), 0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert soft.scores(contexts[40:]).argmax(-1).float().mean() > 0.9
@@ -165,7 +175,7 @@ def test_a_preference_that_all_contexts_share_is_learnt_for_contexts_never_seen(
 def test_the_retriever_never_sees_the_reply(tokenizer):
     """Another reply changes the log-probabilities and nothing that the retriever is given, and so no gradient of the contrast."""
     args = spt_args()
-    first, second = (spt.build_tree(ROWS[0] | {"response": text}, tokenizer, args, None) for text in ("Ask my cat.", "Never."))
+    first, second = (training.build_tree(ROWS[0] | {"response": text}, tokenizer, args, None) for text in ("Ask my cat.", "Never."))
     assert first.note == second.note
     ids = first.note["ids"]
     assert tokenizer.decode(ids) == "\n".join([*ROWS[0]["persona"], ROWS[0]["context"]])
@@ -176,9 +186,9 @@ def test_the_retriever_never_sees_the_reply(tokenizer):
 
 def reference_logps(model, row, k, tokenizer, args):
     """The reply's log-probabilities by one ordinary row of embeddings."""
-    soft = softprompts.soft_prompts(model)
-    prompt = spt.prompt_ids(row, tokenizer, args, 999)[0]
-    reply = tokenizer(row["response"])["input_ids"] + [utils.end_of_turn(tokenizer)]
+    soft = soft_prompts(model)
+    prompt = messages.prompt_ids(row, tokenizer, args, 999)[0]
+    reply = tokenizer(row["response"])["input_ids"] + [end_of_turn(tokenizer)]
     words = soft.words(torch.tensor(prompt + reply))
     logits = model(inputs_embeds=torch.cat([soft.prompts[k], words])[None]).logits[0].log_softmax(-1)
     start = args.prompt_length + len(prompt)
@@ -188,8 +198,8 @@ def reference_logps(model, row, k, tokenizer, args):
 def test_a_packed_forest_scores_every_reply_as_ordinary_rows_do(tokenizer):
     model, args = prepared(tokenizer, "--K", "3", "--num_virtual_tokens", "5")
     batch = packed(ROWS[:3], tokenizer, args)
-    logps, row = softprompts.by_prompt(trees.score(model, batch), batch)
-    nll = softprompts.mean_nll(logps, row, 3)
+    logps, row = by_prompt(trees.score(model, batch), batch)
+    nll = mean_nll(logps, row, 3)
     for r in range(3):
         for k in range(3):
             want = reference_logps(model, ROWS[r], k, tokenizer, args)
@@ -205,9 +215,9 @@ def test_learned_positions_of_opt_models_work(tokenizer):
     model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
                                      max_position_embeddings=512, word_embed_proj_dim=16, do_layer_norm_before=True, init_std=0.3)).eval()
     args = spt_args("--K", "2")
-    model = spt.prepare_model(model, tokenizer, args)
+    model = training.prepare_model(model, tokenizer, args)
     batch = packed(ROWS[1:3], tokenizer, args)
-    logps, row = softprompts.by_prompt(trees.score(model, batch), batch)
+    logps, row = by_prompt(trees.score(model, batch), batch)
     assert torch.allclose(logps[1][row == 1], reference_logps(model, ROWS[2], 1, tokenizer, args), atol=1e-4)
 
 
@@ -216,15 +226,15 @@ def test_one_prompt_without_extra_losses_is_plain_prompt_tuning(tokenizer):
     from peft import PromptTuningConfig, get_peft_model
 
     model, args = prepared(tokenizer, "--K", "1", "--w_sel", "0", "--w_fuse", "0", "--w_ctr", "0")
-    soft = softprompts.soft_prompts(model)
+    soft = soft_prompts(model)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["model.embed_tokens.prompts"]
-    loss, _ = spt.compute_loss(model, packed(ROWS[:1], tokenizer, args), args)
+    loss, _ = training.compute_loss(model, packed(ROWS[:1], tokenizer, args), args)
     loss.backward()
     plain = get_peft_model(make_model(len(tokenizer)), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8))
     weight = plain.prompt_encoder["default"].embedding.weight
     weight.data = soft.prompts.detach()[0].clone()
-    prompt = spt.prompt_ids(ROWS[0], tokenizer, args, 999)[0]
-    reply = tokenizer(ROWS[0]["response"])["input_ids"] + [utils.end_of_turn(tokenizer)]
+    prompt = messages.prompt_ids(ROWS[0], tokenizer, args, 999)[0]
+    reply = tokenizer(ROWS[0]["response"])["input_ids"] + [end_of_turn(tokenizer)]
     labels = torch.tensor([[-100] * len(prompt) + reply])
     want = plain(input_ids=torch.tensor([prompt + reply]), labels=labels).loss
     want.backward()
@@ -234,9 +244,9 @@ def test_one_prompt_without_extra_losses_is_plain_prompt_tuning(tokenizer):
 
 def test_tied_output_keeps_the_original_matrix_and_a_virtual_id_is_never_generated(tokenizer):
     model, _ = prepared(tokenizer)
-    soft = softprompts.soft_prompts(model)
+    soft = soft_prompts(model)
     assert model.lm_head.weight is soft.words.weight
-    assert model(input_ids=torch.tensor([softprompts.virtual_ids(2, 8)])).logits.shape[-1] == len(tokenizer)
+    assert model(input_ids=torch.tensor([virtual_ids(2, 8)])).logits.shape[-1] == len(tokenizer)
 
 
 def frozen_hash(model) -> str:
@@ -253,18 +263,18 @@ def frozen_hash(model) -> str:
 def test_training_moves_prompts_and_retriever_and_nothing_else(tokenizer, flags):
     """Four steps lower the loss on the rows; the hash of all frozen weights stays."""
     model, args = prepared(tokenizer, "--K", "2", "--num_virtual_tokens", "4", *flags)
-    before, own = frozen_hash(model), {n: t.clone() for n, t in softprompts.soft_prompts(model).own_state().items()}
+    before, own = frozen_hash(model), {n: t.clone() for n, t in soft_prompts(model).own_state().items()}
     optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
     batch = packed(ROWS[1:4], tokenizer, args)
     for _ in range(4):
-        loss, parts = spt.compute_loss(model, batch, args)
+        loss, parts = training.compute_loss(model, batch, args)
         loss.backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "DDP needs a gradient for every one"
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and frozen_hash(model) == before
-    moved = {n for n, t in softprompts.soft_prompts(model).own_state().items() if not torch.equal(t, own[n])}
+    moved = {n for n, t in soft_prompts(model).own_state().items() if not torch.equal(t, own[n])}
     assert moved == set(own) - {"centre"}
     assert sum(parts[f"use_{k}"].item() for k in (1, 2)) == pytest.approx(1) and 0 <= parts["usage_entropy"] <= math.log(2) + 1e-6
 
@@ -273,10 +283,10 @@ def test_training_moves_prompts_and_retriever_and_nothing_else(tokenizer, flags)
 def test_every_loss_can_be_switched_off(tokenizer, off):
     model, args = prepared(tokenizer)
     batch = packed(ROWS[:2], tokenizer, args)
-    loss, parts = spt.compute_loss(model, batch, args)
+    loss, parts = training.compute_loss(model, batch, args)
     weight, part = getattr(args, off), parts[{"w_lm": "lm_loss", "w_sel": "sel_loss", "w_fuse": "fuse_loss", "w_ctr": "ctr_loss"}[off]]
     setattr(args, off, 0.0)
-    assert spt.compute_loss(model, batch, args)[0].item() == pytest.approx((loss - weight * part).item(), abs=1e-5) and part > 0
+    assert training.compute_loss(model, batch, args)[0].item() == pytest.approx((loss - weight * part).item(), abs=1e-5) and part > 0
 
 
 def test_published_weights_are_the_defaults():
@@ -300,9 +310,9 @@ def test_published_recipes_are_resolved_with_their_own_keys():
 def test_fusion_by_hand():
     """Two branches, weights 1/4 and 3/4: probabilities (1/2, 1/2) and (1/6, 5/6) mix to (1/4, 3/4) for both."""
     scores = torch.tensor([[0.5, 0.5], [1 / 6, 5 / 6]]).log()
-    mixed = decoding.Fusion(torch.tensor([[0.25, 0.75]]), "probs")(None, scores).exp()
+    mixed = Fusion(torch.tensor([[0.25, 0.75]]), "probs")(None, scores).exp()
     assert torch.allclose(mixed, torch.tensor([[0.25, 0.75]] * 2))
-    raw = decoding.Fusion(torch.tensor([[2.0, 1.0]]), "logits_raw")(None, torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    raw = Fusion(torch.tensor([[2.0, 1.0]]), "logits_raw")(None, torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
     assert raw.tolist() == [[2.0, 5.0]] * 2
 
 
@@ -311,11 +321,11 @@ def test_greedy_replies_are_those_of_ordinary_decoding(tokenizer, prompts):
     """Each soft prompt by hand, token by token; a mixture with all its weight on prompt 2 is prompt 2."""
     model, args = prepared(tokenizer, "--K", "3")
     vars(args).update(max_new_tokens=6, prompts=prompts, num_branches=1 if prompts == "chosen" else 3)
-    soft = softprompts.soft_prompts(model)
+    soft = soft_prompts(model)
 
     @torch.no_grad()
     def by_hand(row, k):
-        rows = torch.cat([soft.prompts[k], soft.words(torch.tensor(spt.prompt_ids(row, tokenizer, args, 999)[0]))])
+        rows = torch.cat([soft.prompts[k], soft.words(torch.tensor(messages.prompt_ids(row, tokenizer, args, 999)[0]))])
         out = []
         for _ in range(6):
             out.append(model(inputs_embeds=rows[None]).logits[0, -1].argmax())
@@ -323,14 +333,14 @@ def test_greedy_replies_are_those_of_ordinary_decoding(tokenizer, prompts):
         return [int(t) for t in out]
 
     numbers = [[2], [3]] if prompts == "chosen" else [[1, 2, 3]] * 2
-    forest = [spt.decode_tree(row | {"prompts": own}, tokenizer, args) for row, own in zip(ROWS[:2], numbers, strict=True)]
+    forest = [inference.decode_tree(row | {"prompts": own}, tokenizer, args) for row, own in zip(ROWS[:2], numbers, strict=True)]
     if prompts == "fused":
         for tree in forest:
             tree.note = {"kind": "probs", "weights": torch.tensor([0.0, 1.0, 0.0])}
-        found = decoding.fused_greedy(model, forest, 0, -1, 6)
+        found = fused_greedy(model, forest, 0, -1, 6)
         numbers = [[2], [2]]
     else:
-        found = decoding.greedy(model, forest, 0, -1, 6)
+        found = greedy(model, forest, 0, -1, 6)
     assert found == [[by_hand(row, k - 1) for k in own] for row, own in zip(ROWS, numbers, strict=False)]
 
 
@@ -338,9 +348,9 @@ def test_a_fused_sample_is_one_voice(tokenizer):
     """All branches take the drawn token: an even mixture of one prompt with itself is that prompt's own sample."""
     model, args = prepared(tokenizer, "--K", "2")
     vars(args).update(max_new_tokens=6, prompts="fused", num_branches=2)
-    both, one = (spt.decode_tree(ROWS[0] | {"prompts": own}, tokenizer, args) for own in ([1, 1], [1]))
+    both, one = (inference.decode_tree(ROWS[0] | {"prompts": own}, tokenizer, args) for own in ([1, 1], [1]))
     both.note = {"kind": "probs", "weights": torch.tensor([0.5, 0.5])}
-    assert decoding.fused_sample(model, [both], [7], 0, -1, 6) == decoding.sample(model, [one], [7], 0, -1, 6)
+    assert fused_sample(model, [both], [7], 0, -1, 6) == sample(model, [one], [7], 0, -1, 6)
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -406,16 +416,16 @@ def test_the_projects_persona_set_is_whole_and_split_by_person():
 def test_the_oldest_turns_go_first_and_the_persona_stays(tokenizer):
     row = ROWS[0] | {"context": "\n".join(f"Turn number {i} is here." for i in range(7))}
     args = spt_args()
-    tree = spt.build_tree(row, tokenizer, args, None)
+    tree = training.build_tree(row, tokenizer, args, None)
     args.max_length = trees.padded_shape(tree)[1] - 10
-    short = spt.build_tree(row, tokenizer, args, None)
-    text = tokenizer.decode([i for i in short.root.children[0].input_ids if i < softprompts.FIRST_VIRTUAL])
+    short = training.build_tree(row, tokenizer, args, None)
+    text = tokenizer.decode([i for i in short.root.children[0].input_ids if i < FIRST_VIRTUAL])
     assert 0 < short.dropped_turns < 7 and "number 0" not in text and "number 6" in text and ROWS[0]["persona"][0] in text
     args.max_context_turns = 2
-    text = tokenizer.decode(spt.prompt_ids(row, tokenizer, args, 999)[0])
+    text = tokenizer.decode(messages.prompt_ids(row, tokenizer, args, 999)[0])
     assert "number 3" not in text and "Person A: Turn number 4" in text
     args.max_length = 30
-    assert spt.build_tree(row, tokenizer, args, None) is None
+    assert training.build_tree(row, tokenizer, args, None) is None
 
 
 # ---- commands -----------------------------------------------------------------------------------
@@ -451,25 +461,25 @@ def test_a_checkpoint_holds_prompts_and_retriever_alone_and_loads_to_equal_logit
     _, _, checkpoint = finished
     state = load_file(checkpoint / "adapter_model.safetensors")
     assert set(state) == {"prompts", "centre", "retriever.head.weight", "retriever.head.bias"} and state["prompts"].shape == (4, 8, 32)
-    model, _, run = utils.load_checkpoint(str(checkpoint))
-    again, _, _ = utils.load_checkpoint(str(checkpoint))
+    model, _, run = load_checkpoint(str(checkpoint))
+    again, _, _ = load_checkpoint(str(checkpoint))
     args = spt_args()
     batch = packed(ROWS[:2], tokenizer, args)
     assert run["method"] == "spt" and torch.equal(trees.score(model, batch), trees.score(again, batch))
     fresh, _ = prepared(tokenizer)
     assert not torch.allclose(trees.score(fresh, batch), trees.score(model, batch), atol=1e-3)
     assert frozen_hash(model) == frozen_hash(fresh)
-    assert softprompts.FIRST_VIRTUAL > 2**20 and 4 * (4 * 8 * 576 + 2 * (576 * 576 + 576)) < 10e6, "the embedded model's file, in bytes"
+    assert FIRST_VIRTUAL > 2**20 and 4 * (4 * 8 * 576 + 2 * (576 * 576 + 576)) < 10e6, "the embedded model's file, in bytes"
 
 
 def test_the_saved_state_is_the_trained_one(tokenizer, tmp_path):
     model, args = prepared(tokenizer, "--heads", "separate")
-    softprompts.soft_prompts(model).prompts.data += 1
-    spt.save_adapter(model, tmp_path)
-    loaded = spt.load_adapter(make_model(len(tokenizer)), tmp_path)
+    soft_prompts(model).prompts.data += 1
+    training.save_adapter(model, tmp_path)
+    loaded = training.load_adapter(make_model(len(tokenizer)), tmp_path)
     batch = packed(ROWS[:2], tokenizer, args)
     assert torch.equal(trees.score(model, batch), trees.score(loaded, batch))
-    assert torch.equal(softprompts.soft_prompts(model).scores([[4, 5]]), softprompts.soft_prompts(loaded).scores([[4, 5]]))
+    assert torch.equal(soft_prompts(model).scores([[4, 5]]), soft_prompts(loaded).scores([[4, 5]]))
 
 
 def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(finished, tmp_path):
@@ -507,7 +517,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_accumulation(finishe
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *flags, "--exp_name", "pair"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (softprompts.read(tmp_path / name / check)[1] for name, check in (("alone", "check_4"), ("pair", "check_2")))
+    one, two = (read(tmp_path / name / check)[1] for name, check in (("alone", "check_4"), ("pair", "check_2")))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -627,14 +637,14 @@ def test_reference_figures_by_hand():
 def test_an_interval_over_persons_is_wider_than_one_over_rows():
     """Two persons, ten equal rows each: drawing persons gives 0, 1/2 or 1, so the interval is the whole range."""
     values, people = [0.0] * 10 + [1.0] * 10, ["a"] * 10 + ["b"] * 10
-    assert metrics.cluster_interval(values, people) == (0.5, 0.0, 1.0)
-    mean, low, high = metrics.interval(values)
+    assert statistics.cluster_interval(values, people) == (0.5, 0.0, 1.0)
+    mean, low, high = statistics.interval(values)
     assert mean == 0.5 and 0.2 < low < high < 0.8
 
 
 def test_one_person_has_no_interval():
-    assert grounding.mean_of([1.0, None, 2.0], ["a", "a", "a"]) == [1.5] and grounding.mean_of([None], ["a"]) is None
-    assert len(grounding.mean_of([1.0, 2.0], ["a", "b"])) == 3
+    assert evaluation.mean_of([1.0, None, 2.0], ["a", "a", "a"]) == [1.5] and evaluation.mean_of([None], ["a"]) is None
+    assert len(evaluation.mean_of([1.0, 2.0], ["a", "b"])) == 3
 
 
 class Embedder:
@@ -649,14 +659,14 @@ class Embedder:
 def test_choice_figures_by_hand():
     """nll (2, 1, 3), chosen 1: random 2, oracle 1, regret 1, no agreement; the reply compared is the one under prompt 1."""
     row = ROWS[0] | {"preds": ["Never.", "Ask my cat.", "No!"], "prompts": [2, 1, 3], "chosen": 1, "scores": [0.5, 0.1, 0.1]}
-    own = grounding.row_figures(row, [2.0, 1.0, 3.0], Embedder())
+    own = evaluation.row_figures(row, [2.0, 1.0, 3.0], Embedder())
     assert (own["nll"], own["random"], own["oracle"], own["regret"], own["agreement"]) == (2.0, 2.0, 1.0, 1.0, 0.0)
     assert own["F1"] == own["R-1"] == own["embedding"] == 1.0 and own["sbert_diversity"] == 1.0
 
 
 def test_gain_over_the_baseline_is_the_mean_over_columns():
-    columns = dict.fromkeys(grounding.COLUMNS)
-    assert grounding.mean_gain(columns | {"F1": 11.0, "BLEU": 3.0}, columns | {"F1": 10.0, "BLEU": 2.0}) == pytest.approx(30)
+    columns = dict.fromkeys(evaluation.COLUMNS)
+    assert evaluation.mean_gain(columns | {"F1": 11.0, "BLEU": 3.0}, columns | {"F1": 10.0, "BLEU": 2.0}) == pytest.approx(30)
 
 
 def test_the_published_table_has_one_value_under_every_heading(finished, tmp_path, monkeypatch, capsys):
@@ -667,7 +677,7 @@ def test_the_published_table_has_one_value_under_every_heading(finished, tmp_pat
     evaluation.main(["--eval_file", str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "--save_file", str(tmp_path / "e.json")])
     said = capsys.readouterr().out
     header, *lines = (tmp_path / "e.csv").read_text().splitlines()
-    assert header == "system," + ",".join(grounding.COLUMNS) and [len(line.split(",")) for line in lines] == [12, 12]
+    assert header == "system," + ",".join(evaluation.COLUMNS) and [len(line.split(",")) for line in lines] == [12, 12]
     summary = json.loads((tmp_path / "e.json").read_text())
     one, two = summary["systems"].values()
     assert one["persons"] == 3 and sum(one["usage"].values()) == pytest.approx(1) and two["usage"]["1"] == 1
@@ -678,9 +688,9 @@ def test_the_published_table_has_one_value_under_every_heading(finished, tmp_pat
 
 
 def test_nll_of_the_figures_is_that_of_ordinary_rows(finished, tokenizer):
-    model = utils.load_checkpoint(str(finished[2]))[0]
+    model = load_checkpoint(str(finished[2]))[0]
     args = argparse.Namespace(max_length=1000, max_input_length=250)
-    nlls = grounding.prompt_nlls(model, tokenizer, ROWS[1], args)
+    nlls = evaluation.prompt_nlls(model, tokenizer, ROWS[1], args)
     with torch.no_grad():
         assert nlls == pytest.approx([-reference_logps(model, ROWS[1], k, tokenizer, args).mean().item() for k in range(4)], abs=1e-4)
 
@@ -688,7 +698,7 @@ def test_nll_of_the_figures_is_that_of_ordinary_rows(finished, tokenizer):
 def test_sentencepiece_tokenizers_give_the_same_prompts_in_training_and_inference():
     tokenizer = make_tokenizer("sentencepiece")
     args = spt_args("--K", "2")
-    tree = spt.build_tree(ROWS[0], tokenizer, args, None)
+    tree = training.build_tree(ROWS[0], tokenizer, args, None)
     vars(args).update(max_new_tokens=5, prompts="all", num_branches=2)
-    asked = spt.decode_tree(ROWS[0] | {"prompts": [1, 2]}, tokenizer, args)
+    asked = inference.decode_tree(ROWS[0] | {"prompts": [1, 2]}, tokenizer, args)
     assert [run.input_ids for run in tree.root.children] == [run.input_ids for run in asked.root.children]

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 import train
 import utils
-from methods import possibility
+from methods.possibility import training
+from modeling.checkpoints import load_checkpoint
+from modeling.models import EMBEDDED_SHA256, check_gguf, embedded_model_dir, load_model
 
 TINY = ["--lora_target_modules", "q_proj", "v_proj", "--lora_r", "4", "--lora_dropout", "0.1", "--learning_rate", "1e-2",
         "--max_steps", "-1", "--save_steps", "4", "--loss_steps", "2", "--gradient_accumulation_steps", "2"]
@@ -78,11 +80,11 @@ def test_a_run_leaves_whole_checkpoints_that_plain_peft_loads(finished, tiny_dir
     run = json.loads((finished / "check_20" / "run.json").read_text())
     assert run["method"] == "peft" and run["args"]["num_response_per_input"] == 4 and len(run["row_hashes"]) == 4
     assert not list(finished.rglob("training_args.bin")), "no pickle of arguments"
-    base = utils.load_model(str(tiny_dir))
+    base = load_model(str(tiny_dir))
     ids = torch.tensor([[5, 6, 7]])
     before = base(ids).logits
     loaded = PeftModel.from_pretrained(base, finished / "check_20").eval()
-    ours, tokenizer, saved = utils.load_checkpoint(str(finished / "check_20"))
+    ours, tokenizer, saved = load_checkpoint(str(finished / "check_20"))
     torch.testing.assert_close(loaded(ids).logits, ours(ids).logits, rtol=0, atol=0)
     assert not torch.allclose(before, ours(ids).logits) and tokenizer.chat_template == CHATML
 
@@ -191,7 +193,7 @@ def test_a_missing_embedded_wheel_names_the_install_line(train_file, tmp_path, c
 def test_a_truncated_gguf_is_refused_and_nothing_is_converted(tmp_path, capsys):
     (tmp_path / "SmolLM2.gguf").write_bytes(b"GGUF" * 100)
     with pytest.raises(SystemExit) as stop:
-        utils.check_gguf(tmp_path / "SmolLM2.gguf")
+        check_gguf(tmp_path / "SmolLM2.gguf")
     said = capsys.readouterr().err
     assert stop.value.code == 3 and "sha256 differs (size 0 MB, expected 98,362,432 bytes)" in said
 
@@ -211,11 +213,11 @@ def test_a_conversion_killed_midway_is_done_again_and_two_convert_once(tmp_path,
         made.append(folder)
 
     monkeypatch.setattr(utils, "convert_gguf", convert)
-    name = f"smollm2-135m-instruct-{utils.EMBEDDED_SHA256[:8]}"
+    name = f"smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}"
     for leftover in (name, f".{name}.staging"):  # without COMPLETE.json: what a kill leaves
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "model.safetensors").write_text("half")
-    threads = [threading.Thread(target=utils.embedded_model_dir, args=(tmp_path,)) for _ in range(2)]
+    threads = [threading.Thread(target=embedded_model_dir, args=(tmp_path,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -232,7 +234,7 @@ def test_four_bit_without_bitsandbytes_names_the_install_line(tiny_dir, train_fi
 
 def test_an_attention_kernel_that_is_not_there_names_those_that_are(tiny_dir, capsys):
     with pytest.raises(SystemExit) as stop:
-        utils.load_model(str(tiny_dir), "flash_attention_2")
+        load_model(str(tiny_dir), "flash_attention_2")
     assert stop.value.code == 3 and "sdpa and eager work everywhere" in capsys.readouterr().err
 
 
@@ -252,7 +254,7 @@ def test_too_little_disk_is_told_before_the_first_step(tiny_dir, train_file, tmp
 
 def test_a_nan_loss_stops_the_run_and_names_the_last_good_checkpoint(tiny_dir, train_file, tmp_path, capsys, monkeypatch):
     """The sixth micro-step is poisoned: check_4 is the last good one, the log says why."""
-    real = possibility.compute_loss
+    real = training.compute_loss
 
     def poisoned(model, batch, args):
         loss, parts = real(model, batch, args)
@@ -278,7 +280,7 @@ def test_running_out_of_memory_names_four_levers(tiny_dir, train_file, tmp_path,
 
 def test_a_full_disk_keeps_the_last_checkpoint(tiny_dir, train_file, tmp_path):
     """Files may grow to 24 kB only (RLIMIT_FSIZE), which the second save exceeds through a large tensor file."""
-    code = ("import resource, sys, train, utils; real = utils.finish_adapter\n"
+    code = ("import resource, sys, train, utils; real = finish_adapter\n"
             "def finish(folder, tokenizer, run):\n"
             "    real(folder, tokenizer, run)\n"
             "    if folder.name == 'checkpoint-4': (folder / 'big').write_bytes(b'x' * 10_000_000)\n"
@@ -344,14 +346,14 @@ import os, random, signal, sys, time
 import accelerate, nltk, peft, sklearn.feature_extraction.text, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer
 import train, trees, utils
-seal, finish = utils.seal, utils.finish_adapter
+seal, finish = utils.seal, finish_adapter
 def slow(call):  # a save takes 0.2 s, so that about half of the kills fall into one
     def wrapped(*args):
         time.sleep(0.05)
         call(*args)
         time.sleep(0.05)
     return wrapped
-utils.seal, utils.finish_adapter = slow(seal), slow(finish)
+utils.seal, finish_adapter = slow(seal), slow(finish)
 def start(name):
     child = os.fork()
     if child == 0:

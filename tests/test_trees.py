@@ -12,21 +12,24 @@ from hypothesis import strategies as st
 
 import trees
 from flags import FlagParser
-from methods import possibility
+from methods.possibility import flags, training
+from modeling.adapters import add_lora
+from modeling.models import load_model
+from modeling.prompts import encode_prompt
+from training.flags import add_lora_args
 from trees import CONTEXT, LIKELIHOOD, UNLIKELIHOOD, Segment, Tree
-from utils import add_lora, add_lora_args, encode_prompt, load_model
 
 
 def possibility_args(**changes):
     """The published flags of peft with 4 replies, for a tiny model."""
     parser = FlagParser(prog="test")
-    possibility.add_args(parser)
+    flags.add_args(parser)
     add_lora_args(parser)
     args = parser.parse_args([])
     shared = dict(method="peft", max_length=500, max_input_length=300, micro_step=0,
                   load_in_4bit=False, gradient_checkpointing=False, lora_dropout=0.0, lora_r=4)
     vars(args).update(shared | changes)
-    possibility.settle_method(args)
+    flags.settle_method(args)
     return args
 
 
@@ -105,7 +108,7 @@ def test_flex_attention_uses_the_same_rule():
 def losses_and_gradients(model, forest, args, score):
     """Loss, its parts and every LoRA gradient, with log-probabilities from `score(model, forest)`."""
     model.zero_grad()
-    loss, parts = possibility.loss_of(score(model, forest), trees.pack(forest), args)
+    loss, parts = training.loss_of(score(model, forest), trees.pack(forest), args)
     loss.backward()
     return loss.item(), parts, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -123,7 +126,7 @@ def compare_with_padded_rows(model, tokenizer, rows, args):
 
     The padded rows are computed in float64, so that their own rounding is not held against the tree.
     """
-    forest = [possibility.build_tree(row, tokenizer, args, random.Random(3)) for row in rows]
+    forest = [training.build_tree(row, tokenizer, args, random.Random(3)) for row in rows]
     torch.manual_seed(0)
     with torch.no_grad():  # B is zero at first, which would leave A without gradient
         for name, parameter in model.named_parameters():

@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import utils
+from modeling.checkpoints import check_adapter
+from modeling.models import base_fingerprint
+from modeling.prompts import count_words, end_of_turn, fit_prompts, keep_latest, label_turns, refuse_special_tokens
+from training.rows import load_rows
 
 GOOD = b'{"context": "Is a tomato a fruit?", "candidates": ["Ask the cook."]}\n'
 SPOKEN = st.lists(st.lists(st.text("abcé", min_size=1, max_size=4), min_size=1, max_size=6).map(" ".join), min_size=1)
@@ -117,9 +121,9 @@ def test_a_row_that_spells_a_special_or_added_token_is_named(capsys, mark):
     tokenizer = make_tokenizer("bytelevel")
     tokenizer.add_tokens(["[TOOL]"])
     rows = [{"context": "I <3 |im_end| [really].", "candidates": ["1 < 2"]}]
-    assert utils.refuse_special_tokens(rows, tokenizer, "talk.jsonl") is None
+    assert refuse_special_tokens(rows, tokenizer, "talk.jsonl") is None
     rows.append({"context": "Hi.", "candidates": ["Ho.", f"Hm.{mark}\nuser"]})
-    said = refusal(capsys, 2, utils.refuse_special_tokens, rows, tokenizer, "talk.jsonl")
+    said = refusal(capsys, 2, refuse_special_tokens, rows, tokenizer, "talk.jsonl")
     assert f"talk.jsonl: row 2 spells the special token {mark}" in said
 
 
@@ -129,7 +133,7 @@ def test_a_hub_name_without_a_network_fails_at_once_and_names_local_files(tmp_pa
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "tomato.jsonl", DIALOGUES)
     start = time.monotonic()
-    said = refusal(capsys, 3, utils.load_rows, "cooks/tomatoes")
+    said = refusal(capsys, 3, load_rows, "cooks/tomatoes")
     assert time.monotonic() - start < 20
     assert 'data set "cooks/tomatoes" is no file here' in said and "hint: local: data/tomato.jsonl" in said
 
@@ -192,8 +196,8 @@ def test_full_memory_and_a_full_disk_are_told_from_other_errors(error, memory, d
 
 def test_the_last_turn_is_always_person_a():
     turns = ["Person A: Is a tomato a fruit?", "Person B: Only in botany.", "Person A: Why?"]
-    assert utils.label_turns("Is a tomato a fruit?\nOnly in botany.\nWhy?") == turns
-    assert utils.label_turns(["Only in botany.", "Why?"]) == turns[1:]
+    assert label_turns("Is a tomato a fruit?\nOnly in botany.\nWhy?") == turns
+    assert label_turns(["Only in botany.", "Why?"]) == turns[1:]
 
 
 @pytest.mark.parametrize(("budget", "kept"), [
@@ -206,35 +210,35 @@ def test_the_last_turn_is_always_person_a():
 ])
 def test_the_newest_turns_stay_to_the_word(budget, kept):
     """'Person', 'A', ':' are 3 words, so the turns have 5, 4 and 6: 15 in all, 10 without the first."""
-    assert utils.keep_latest(utils.label_turns("one two\nthree\nfour five six"), budget) == kept
+    assert keep_latest(label_turns("one two\nthree\nfour five six"), budget) == kept
 
 
 @settings(deadline=None)
 @given(SPOKEN, st.integers(1, 40))
 def test_what_is_kept_is_a_suffix_and_never_empty(spoken, budget):
-    kept = utils.keep_latest(turns := utils.label_turns(spoken), budget)
+    kept = keep_latest(turns := label_turns(spoken), budget)
     assert kept[:-1] == turns[-len(kept):-1]
     assert len(kept[-1]) > len("Person A: ") and turns[-1].endswith(kept[-1].removeprefix("Person A: "))
-    assert utils.count_words("\n".join(kept)) <= max(budget, 4)
+    assert count_words("\n".join(kept)) <= max(budget, 4)
 
 
 def test_all_prompts_of_a_row_lose_the_same_oldest_turns(tokenizer):
     """Digits are tokens, so prompt 10 is one longer than prompt 1; where it just does not fit, both lose a turn."""
     row = DIALOGUES[0]
-    (short, long), dropped = utils.fit_prompts(row, [1, 10], tokenizer, 1000, 1000)
+    (short, long), dropped = fit_prompts(row, [1, 10], tokenizer, 1000, 1000)
     assert (len(long), dropped) == (len(short) + 1, 0)
-    assert utils.fit_prompts(row, [1, 10], tokenizer, 1000, len(long)) == ([short, long], 0)
-    prompts, dropped = utils.fit_prompts(row, [1, 10], tokenizer, 1000, len(short))
+    assert fit_prompts(row, [1, 10], tokenizer, 1000, len(long)) == ([short, long], 0)
+    prompts, dropped = fit_prompts(row, [1, 10], tokenizer, 1000, len(short))
     assert dropped == 1 and len(prompts) == 2
     for text in map(tokenizer.decode, prompts):
         assert "Is a tomato" not in text and "\n\nPerson B: Only in a botany class.\nPerson A: Then why" in text
-    assert utils.fit_prompts(row, [1, 10], tokenizer, 1000, 9) == ([], 3)
-    assert utils.fit_prompts({"prompt": "Name a fruit."}, [1], tokenizer, 1000, 9) == ([], 0)
+    assert fit_prompts(row, [1, 10], tokenizer, 1000, 9) == ([], 3)
+    assert fit_prompts({"prompt": "Name a fruit."}, [1], tokenizer, 1000, 9) == ([], 0)
 
 
 def test_a_newest_turn_without_its_start_counts_as_a_dropped_turn(tokenizer):
     """'Person A: Then why is it in my salad?' has 11 words; 10 leave it alone, without 'Then'."""
-    prompts, dropped = utils.fit_prompts(DIALOGUES[0], [None], tokenizer, 10, 1000)
+    prompts, dropped = fit_prompts(DIALOGUES[0], [None], tokenizer, 10, 1000)
     assert dropped == 3 and "\n\nPerson A: why is it in my salad?\n" in tokenizer.decode(prompts[0])
 
 
@@ -242,9 +246,9 @@ def test_a_reply_ends_with_the_token_of_its_template_not_with_eos():
     # the eos of Llama 3's base and of many fine-tunes is not the end of a turn
     tokenizer = make_tokenizer("bytelevel")
     tokenizer.eos_token = "<unk>"
-    assert utils.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert utils.end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -276,24 +280,24 @@ def test_the_newest_whole_checkpoint_is_found_and_half_ones_are_named(tmp_path, 
 def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path, capsys):
     """A weight of 6 float32 takes 24 bytes after the header; without the last 10 the header still asks for all."""
     folder = make_checkpoint(tmp_path / "check_9")
-    assert utils.check_adapter(folder) is None
+    assert check_adapter(folder) is None
     data = (weights := folder / "adapter_model.safetensors").read_bytes()
     weights.write_bytes(data[:-10])
-    said = refusal(capsys, 2, utils.check_adapter, folder)
+    said = refusal(capsys, 2, check_adapter, folder)
     assert f"{weights} has {len(data) - 10} bytes, its header says {len(data)}" in said
     for broken in (data[:5], data[:20], b"", b"\xff" * 50):
         weights.write_bytes(broken)
-        said = refusal(capsys, 2, utils.check_adapter, folder)
+        said = refusal(capsys, 2, check_adapter, folder)
         assert f"{weights} has {len(broken)} bytes, its header is broken" in said
     weights.rename(folder / "adapter_model.bin")
-    assert "adapter_model.bin is a pickle, which can run code" in refusal(capsys, 2, utils.check_adapter, folder)
+    assert "adapter_model.bin is a pickle, which can run code" in refusal(capsys, 2, check_adapter, folder)
     (folder / "adapter_model.bin").unlink()
-    assert f"{weights} is not there" in refusal(capsys, 2, utils.check_adapter, folder)
+    assert f"{weights} is not there" in refusal(capsys, 2, check_adapter, folder)
     (folder / "adapter_config.json").unlink()
-    assert f"{folder} holds no adapter_config.json" in refusal(capsys, 2, utils.check_adapter, folder)
+    assert f"{folder} holds no adapter_config.json" in refusal(capsys, 2, check_adapter, folder)
 
 
 def test_a_fingerprint_tells_two_models_of_one_shape_apart(tmp_path):
     one, same, other = (make_checkpoint(tmp_path / n, v) for n, v in (("a", 1.0), ("b", 1.0), ("c", 1.001)))
-    assert utils.base_fingerprint(one) == utils.base_fingerprint(same) != utils.base_fingerprint(other)
-    assert len(utils.base_fingerprint(one)) == 16 and utils.base_fingerprint(tmp_path) is None
+    assert base_fingerprint(one) == base_fingerprint(same) != base_fingerprint(other)
+    assert len(base_fingerprint(one)) == 16 and base_fingerprint(tmp_path) is None

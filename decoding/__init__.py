@@ -1,0 +1,1 @@
+"""How responses are made: sampling, beams, asking in words; on this machine or through a server."""

@@ -1,0 +1,58 @@
+"""Flags of method diffuse."""
+
+from __future__ import annotations
+
+import utils
+from flags import add_alias
+
+DEFAULTS = dict(  # as published
+    learning_rate=5e-5, adam_epsilon=1e-5, weight_decay=0.01, max_grad_norm=1.0, num_train_epochs=50, max_steps=-1,
+    lora_r=4, lora_alpha=8.0, lora_dropout=0.0,
+    lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+
+
+def add_args(group) -> None:
+    group.set_defaults(**DEFAULTS)
+    add_alias(group, "model_name", "--model")
+    add_alias(group, "num_train_epochs", "--n_iters")
+    add_alias(group, "train_file", "--train_prompts", nargs="+", help="prompt files, or folders with *.json")
+    add_prompt_args(group)
+    group.add_argument("--batch_size", type=int, help="targets computed at a time; bounds memory, not the result (default: all)")
+    group.add_argument("--max_batch_tokens", type=int, default=4096,
+                       help="tokens computed at a time; bounds memory, not the result (default: %(default)s)")
+    group.add_argument("--early_stop", action="store_true",
+                       help="stop when every prompt's loss is at most (1 + gamma) times the entropy of its targets")
+    group.add_argument("--gamma", type=float, default=0.2, help="see --early_stop (default: %(default)s)")
+    group.add_argument("--load_model", action="store_true", help="start from the adapter in --ckpt_dir")
+    group.add_argument("--ckpt_dir", metavar="FOLDER", help="check_N folder, or a run's folder: its newest checkpoint")
+    group.add_argument("--generate", action="store_true", help="sample all prompts after training, as infer.py --mode lora does")
+    group.add_argument("--n_generations", type=int, default=1000, help="with --generate: replies per prompt (default: %(default)s)")
+    group.add_argument("--max_new_tokens", type=int, default=50, help="with --generate: tokens per reply at most (default: %(default)s)")
+
+
+def add_prompt_args(group) -> None:
+    """The flags of train.py and infer.py that say which prompts, and those of sampling."""
+    group.add_argument("--test_prompts", nargs="+", default=[], help="prompts to sample that are not trained on")
+    group.add_argument("--leave_out", metavar="TASK", help="train on the other tasks (folders) and test on this one")
+    group.add_argument("--leave_in", metavar="TASK", help="train on this task (folder) alone")
+
+
+def add_infer_args(parser) -> None:
+    """The flags that infer.py has for this method; a training config serves as it is, its other keys are ignored."""
+    import train
+
+    group = parser.add_argument_group("method diffuse")
+    for name in ("test_file", "save_file"):
+        next(a for a in parser._actions if a.dest == name).required = False
+    group.set_defaults(num_response_per_input=1000, max_new_tokens=50, batch_size=1, model_name_or_path=None)
+    add_alias(group, "num_response_per_input", "--n_generations")
+    group.add_argument("--mode", choices=["untuned", "lora"], help="the model as it is, or with what train.py made of it")
+    group.add_argument("--model", "--model_name", dest="model_name", default=utils.EMBEDDED, help="the untuned model (default: smollm2)")
+    group.add_argument("--train_prompts", "--train_file", dest="train_file", nargs="+", default=[], help="the prompts trained on")
+    add_prompt_args(group)
+    group.add_argument("--split", choices=["all", "train", "test"], default="all", help="which prompts are sampled (default: all)")
+    group.add_argument("--n_batch_size", type=int, default=100, help="replies drawn at a time under one prefill (default: 100)")
+    group.add_argument("--output_dir", default="checkpoints", help="where train.py put its runs (default: %(default)s)")
+    group.add_argument("--exp_name", default="diffuse", help="the run's folder; its newest checkpoint is used (default: %(default)s)")
+    known = train.build_parser("diffuse")
+    parser.ignored = {"alg_config", *(a.dest for a in known._actions)}

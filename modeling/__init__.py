@@ -1,0 +1,1 @@
+"""Models and what is added to them: prompts, adapters, soft prompts, checkpoints."""

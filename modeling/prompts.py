@@ -1,0 +1,119 @@
+"""One prompt builder for training, inference and judging."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from utils import USAGE, fail
+
+
+def count_words(text: str) -> int:
+    """Number of NLTK (Penn Treebank) word tokens, the unit of --max_input_length."""
+    from nltk.tokenize import NLTKWordTokenizer
+
+    return len(NLTKWordTokenizer().tokenize(text))
+
+
+def label_turns(context: str | list[str]) -> list[str]:
+    """Name the speakers of a dialogue: the last turn is Person A's, before it Person B's, and so on."""
+    turns = context.strip("\n").split("\n") if isinstance(context, str) else list(context)
+    count = len(turns)
+    return [f"Person {'AB'[(count - 1 - i) % 2]}: {turn}" for i, turn in enumerate(turns)]
+
+
+def keep_latest(turns: list[str], max_words: int) -> list[str]:
+    """The newest turns whose words fit the budget, at least one; an over-long one loses its start."""
+    kept: list[str] = []
+    for turn in reversed(turns):
+        if kept and count_words("\n".join([turn, *kept])) > max_words:
+            break
+        kept.insert(0, turn)
+    if count_words("\n".join(kept)) > max_words:  # only ever the newest turn alone
+        name, _, said = kept[0].partition(": ")
+        words = said.split()
+        low, high = 1, max(1, len(words))  # bisect: the most words from the end that fit
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = count_words(" ".join([f"{name}:", *words[-middle:]])) <= max_words
+            low, high = (middle, high) if fits else (low, middle - 1)
+        kept = [" ".join([f"{name}:", *words[-low:]])]
+    return kept
+
+
+def build_prompt(row: dict, number: int | None = None, base: bool = False,
+                 turns: list[str] | None = None) -> str:
+    """The user message for one response; the possibility number stands last, so prompts share the rest.
+
+    row: has `context` or `prompt`. base: adds the length hint that an untuned model gets.
+    turns: the labelled turns to show, if not all of the context's.
+    """
+    limit = ", in at most 25 words" if base else ""
+    ask = "." if number is None else f": possibility number #{number}"
+    if "prompt" in row:
+        if number is None:
+            return row["prompt"] + (f"\n\nAnswer{limit}." if base else "")
+        return f"{row['prompt']}\n\nMany different answers would be good. Give one{ask}"
+    dialogue = "\n".join(turns or label_turns(row["context"]))
+    several = "" if number is None else "Person B could go on in many different ways. "
+    return f"A conversation:\n\n{dialogue}\n\n{several}Write what Person B says next{limit}{ask}"
+
+
+def encode_prompt(tokenizer, message: str) -> list[int]:
+    """Token ids of a user message in the tokenizer's own chat template, up to where the reply starts."""
+    return encode_messages(tokenizer, [{"role": "user", "content": message}])
+
+
+def encode_messages(tokenizer, messages: list[dict]) -> list[int]:
+    """The same for several turns, the last of which is the user's."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token that the chat template puts after a reply, which every reply is trained to end with."""
+    reply = "\x02"
+    messages = [{"role": "user", "content": "\x01"}, {"role": "assistant", "content": reply}]
+    tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(reply)[2]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for token in tokenizer(tail, add_special_tokens=False)["input_ids"]:
+        if token in special:
+            return token
+    return tokenizer.eos_token_id
+
+
+def fit_prompts(row: dict, numbers: list[int | None], tokenizer, max_words: int, max_tokens: int,
+                base: bool = False) -> tuple[list[list[int]], int]:
+    """Token ids of one prompt per number, the oldest turns dropped until all fit, and how many went.
+
+    Returns ([], dropped) if not even the newest turn fits; replies are never cut.
+    """
+    return fit_messages(row, lambda turns: [build_prompt(row, n, base, turns) for n in numbers],
+                        tokenizer, max_words, max_tokens)
+
+
+def fit_messages(row: dict, write: Callable[[list[str] | None], list[str]], tokenizer, max_words: int,
+                 max_tokens: int) -> tuple[list[list[int]], int]:
+    """Like fit_prompts, for the user messages write(turns); turns is None for a row with a `prompt`."""
+    turns = label_turns(row["context"]) if "context" in row else None
+    kept = turns and keep_latest(turns, max_words)
+    cut = int(bool(turns) and kept[-1] != turns[-1])  # the newest turn itself lost its start
+    while True:
+        prompts = [encode_prompt(tokenizer, message) for message in write(kept)]
+        if max(map(len, prompts)) <= max_tokens:
+            return prompts, len(turns) - len(kept) + cut if turns else 0
+        kept = kept and kept[1:]
+        if not kept:
+            return [], len(turns or ())
+
+
+def refuse_special_tokens(rows: list[dict], tokenizer, path: str, allowed: tuple[str, ...] | list[str] = ()) -> None:
+    """Data that spells a special token would end its own turn: die and name the row. allowed: new tokens of a checkpoint."""
+    marks = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
+    marks = sorted(m for m in marks if not m.isspace() and m not in allowed)
+    for number, row in enumerate(rows, 1):
+        text = json.dumps(row, ensure_ascii=False)
+        found = [mark for mark in marks if json.dumps(mark, ensure_ascii=False)[1:-1] in text]
+        if found:
+            fail(USAGE, f"{row.get('file', path)}: row {number} spells the special token {found[0]}",
+                "write it differently: the tokenizer would read it as a command")

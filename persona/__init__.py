@@ -1,0 +1,1 @@
+"""Interviews for the demographic bias test, and what was said in them."""

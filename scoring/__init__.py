@@ -1,0 +1,1 @@
+"""Rulers of responses: metrics, intervals, judges, and how figures are shown."""

@@ -1,0 +1,1 @@
+"""What a training run needs beside a method: its flags, its folder, its loop."""

@@ -1,0 +1,152 @@
+"""Prompt trees: one context, computed once, with all its continuations packed into one row.
+
+A tree is a context with branches: a few prompt endings, under each a few responses. `pack` walks a
+forest depth first and lays all tokens in one row. Every token knows its predecessor (`parent`), the
+position it would have in an ordinary row (`position_ids`) and the last index of the subtree below it
+(`last`). Token i may attend to token j if and only if
+
+    j <= i <= last[j]
+
+which holds exactly when j lies on the path from the root of i's tree to i. That comparison keeps
+branches and packed trees apart, so per-token log-probabilities equal those of padded rows to
+rounding, and each shared token is computed once.
+
+Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are needed, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+CONTEXT, LIKELIHOOD, UNLIKELIHOOD = 0, 1, 2  # the role of a segment's tokens in a loss
+
+
+@dataclass
+class Segment:
+    """A run of tokens with children.
+
+    role: CONTEXT tokens carry no loss; the others are scored.
+    weights: one number a token, or None for 1 everywhere; tokens of weight 0 are not scored.
+    branch: the caller's label of this segment (a possibility number, the index of a response).
+    """
+
+    input_ids: list[int]
+    role: int = CONTEXT
+    weights: list[float] | None = None
+    branch: int = -1
+    children: list[Segment] = field(default_factory=list)
+
+
+@dataclass
+class Tree:
+    """What one data row teaches or asks: the root segment, how many turns did not fit, and what else is to be known.
+
+    A root without tokens makes its children trees of their own that belong to one row.
+    twin: the same branches without what they are asked for; the next token's logits are twin + guidance * (own - twin).
+    note: whatever a method's loss or decoding wants to know of the row.
+    """
+
+    root: Segment
+    dropped_turns: int = 0
+    twin: Tree | None = None
+    guidance: float = 1.0
+    note: object = None
+
+
+def walk(segment: Segment, above: tuple[Segment, ...] = ()) -> Iterator[tuple[Segment, ...]]:
+    """Yield the path from the root to every segment, depth first, parents before children."""
+    path = (*above, segment)
+    yield path
+    for child in segment.children:
+        yield from walk(child, path)
+
+
+def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) -> Segment:
+    """A segment of the tokens that all prompts share, with one child per prompt for its own rest.
+
+    A single prompt, or equal prompts without labels, need no children.
+    """
+    shared = min(len(p) for p in prompts)
+    for column in range(shared):
+        if any(p[column] != prompts[0][column] for p in prompts):
+            shared = column
+            break
+    if branches is None:
+        assert all(p == prompts[0] for p in prompts), "different prompts need branch labels"
+        return Segment(prompts[0])
+    shared = min(shared, min(len(p) for p in prompts) - 1)  # every branch keeps a token of its own
+    ends = [Segment(p[shared:], branch=b) for p, b in zip(prompts, branches, strict=True)]
+    return Segment(prompts[0][:shared], children=ends)
+
+
+def prefix_clash(sequences: list[list[int]]) -> tuple[int, int] | None:
+    """Indices (i, j) of a sequence that equals or starts another one, or None if the set is prefix-free."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    for i, j in zip(order, order[1:], strict=False):  # what starts with sequence i follows it at once
+        if sequences[j][: len(sequences[i])] == sequences[i]:
+            return i, j
+    return None
+
+
+def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segment]:
+    """Sequences of a target distribution as scored segments in which every common prefix stands once.
+
+    A token's weight is the sum of the weights of the sequences through it, so the sum of -weight * logp over all
+    tokens is -sum_y w(y) log p(y). The segment in which sequence i ends is a leaf with branch i. Raises ValueError
+    unless the sequences are prefix-free: an inner node cannot end a sequence, and probabilities would overlap.
+    """
+    clash = prefix_clash(sequences)
+    if clash:
+        raise ValueError(f"sequence {clash[0] + 1} equals or starts sequence {clash[1] + 1}")
+
+    def grow(members: list[int], start: int) -> list[Segment]:
+        """The segments of sequences that agree up to start, one per next token."""
+        by_token: dict[int, list[int]] = {}
+        for i in members:
+            by_token.setdefault(sequences[i][start], []).append(i)
+        segments = []
+        for group in by_token.values():
+            first, end = sequences[group[0]], start + 1
+            while end < len(first) and all(sequences[i][end] == first[end] for i in group):
+                end += 1
+            weight, is_leaf = sum(weights[i] for i in group), len(group) == 1
+            segments.append(Segment(first[start:end], LIKELIHOOD, [weight] * (end - start), group[0] if is_leaf else -1,
+                                    [] if is_leaf else grow(group, end)))
+        return segments
+
+    return grow(list(range(len(sequences))), 0)
+
+
+def num_tokens(tree: Tree) -> int:
+    """Tokens that a tree holds."""
+    return sum(len(path[-1].input_ids) for path in walk(tree.root))
+
+
+def padded_shape(tree: Tree) -> tuple[int, int]:
+    """(rows, tokens of the longest) of the same tree as ordinary rows, one from the root to every leaf."""
+    lengths = [sum(len(part.input_ids) for part in path) for path in walk(tree.root) if not path[-1].children]
+    return len(lengths), max(lengths)
+
+
+def ordinary_rows(tree: Tree) -> list[dict]:
+    """The same tree as ordinary rows, one per scored segment, each with a context of its own.
+
+    Each row has input_ids (list), scored (indices into the row), weight (lists), role and branch.
+    """
+    rows = []
+    for path in walk(tree.root):
+        segment = path[-1]
+        if segment.role == CONTEXT:
+            continue
+        prefix = [t for part in path[:-1] for t in part.input_ids]
+        weights = segment.weights or [1.0] * len(segment.input_ids)
+        keep = [i for i, w in enumerate(weights) if w]
+        rows.append({
+            "input_ids": prefix + segment.input_ids,
+            "scored": [len(prefix) + i for i in keep],
+            "weight": [weights[i] for i in keep],
+            "role": segment.role,
+            "branch": segment.branch,
+        })
+    return rows
