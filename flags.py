@@ -1,21 +1,28 @@
 """Flags and configs: argparse that names the nearest flag, and YAML files that hold the same flags.
 
 Precedence: flag > config file > default. Another method's flag is an error, not a silent no-op.
+What a script gets is read-only: flags that depend on other flags are derived at the end of parsing.
+
+jsonargparse and ConfigArgParse read configs, too. They do not say file:line of a bad key, and know
+no retired flags, which is what people need when they move a config from another toolkit.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from utils import USAGE, fail
 
 RETIRED_FLAGS = {  # what people still type, and what replaces it
-    "warmup_ratio": "use --warmup_steps (micro-steps of likelihood only)",
+    "warmup_ratio": "use --lr_warmup_steps (updates)",
     "overwrite_output_dir": "use --resume to go on, or another --exp_name",
     "evaluation_strategy": "score finished checkpoints with infer.py and eval.py",
     "eval_strategy": "score finished checkpoints with infer.py and eval.py",
@@ -26,25 +33,59 @@ RETIRED_FLAGS = {  # what people still type, and what replaces it
     "fp16": "drop it: bf16 is used where the GPU has it, else float32",
     "bf16": "drop it: bf16 is used where the GPU has it, else float32",
 }
+SECTIONS = ("alg_config",)  # nested mappings of published configs; their keys count as if outside
+META = ("help", "config", "print_config")  # about the flags, not flags of the work
+
+
+class Args(argparse.Namespace):
+    """The parsed flags, read-only, so that what a function sees never depends on who ran before.
+
+    `with_values` gives a new object, for what a checkpoint or a file settles later.
+    """
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"args is read-only after parsing, so {name} cannot be set")
+
+    def with_values(self, **values) -> Args:
+        return Args(**vars(self) | values)
 
 
 class FlagParser(argparse.ArgumentParser):
     """argparse that names the nearest flag, and leaves with exit code 2 and a hint."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.ignored: set[str] = set()  # config keys of another script that reads the same file
+        self.derivations: list[Callable[[argparse.Namespace], dict]] = []
+
+    def derive(self, function: Callable[[argparse.Namespace], dict]) -> None:
+        """Have function(args) settle flags that depend on other flags, at the end of parsing.
+
+        It returns {name: value}. Functions run in the order in which they were given; each sees
+        what those before it settled.
+        """
+        self.derivations.append(function)
+
+    def action(self, dest: str) -> argparse.Action:
+        """The flag that is stored under a name."""
+        return next(action for action in self._actions if action.dest == dest)
 
     def error(self, message: str) -> None:
+        # "argument --limit/--n: 0 must be at least 1" -> "--limit 0 must be at least 1"
+        message = re.sub(r"^argument (--\w+)[^:]*: ", r"\1 ", message)
         fail(USAGE, message, f"python {self.prog} --help lists all flags")
 
     def unknown(self, name: str, where: str) -> None:
-        """Die over a flag or config key that this parser does not have."""
+        """Fail over a flag or config key that this parser does not have."""
         if name in RETIRED_FLAGS:
             fail(USAGE, f"{where} was removed", RETIRED_FLAGS[name])
-        known = [a.dest for a in self._actions]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean --{near[0]}?" if near else f"python {self.prog} --help lists all flags"
+        near = difflib.get_close_matches(name, config_names(self), n=1)
+        hint = f"did you mean --{near[0]}?" if near else \
+            f"python {self.prog} --help lists all flags"
         fail(USAGE, f"{where} is unknown for this method", hint)
 
     def parse_args(self, argv=None, namespace=None):
@@ -54,70 +95,127 @@ class FlagParser(argparse.ArgumentParser):
                 name = word[2:].split("=")[0]
                 self.unknown(name, f"option --{name}")
         if rest:
-            fail(USAGE, f"unexpected argument {rest[0]!r}", f"python {self.prog} --help lists all flags")
+            fail(USAGE, f"unexpected argument {rest[0]!r}",
+                 f"python {self.prog} --help lists all flags")
         return args
 
 
-SECTIONS = ("alg_config",)  # mappings that published configs nest; their keys count as if they stood outside
+# ---- kinds of values ----------------------------------------------------------------------------
 
 
-def add_alias(group, dest: str, option: str, **changes) -> None:
-    """Give a flag that is there a second name, also as a config key, and maybe another nargs or help."""
-    action = next(a for a in group._actions if a.dest == dest)
+def _number(kind: type, accepts: Callable[[float], bool], rule: str) -> Callable[[str], float]:
+    """An argparse type: a number that must hold to a rule."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} {rule}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse and configs name the type in their messages
+    return convert
+
+
+positive_int = _number(int, lambda value: value >= 1, "must be at least 1")
+natural = _number(int, lambda value: value >= 0, "must be at least 0")
+positive = _number(float, lambda value: 0 < value < math.inf, "must be above 0")
+non_negative = _number(float, lambda value: 0 <= value < math.inf, "must be at least 0")
+share = _number(float, lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
+
+
+# ---- flags that several parsers have ------------------------------------------------------------
+
+
+def add_alias(parser: FlagParser, dest: str, option: str, **changes) -> None:
+    """Give a flag that is there a second name, also as a config key, and maybe another help."""
+    action = parser.action(dest)
     action.option_strings.append(option)
-    group._option_string_actions[option] = action
+    parser._option_string_actions[option] = action
     vars(action).update(changes)
 
 
-def config_names(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The actions of a parser by every name that a config may use for them."""
-    return {name: action for action in parser._actions if action.dest not in ("help", "config", "print_config")
-            for name in [action.dest, *(o[2:] for o in action.option_strings if action.nargs != 0)]}
+def optional(parser: FlagParser, dest: str) -> None:
+    """Let a required flag be left out."""
+    parser.action(dest).required = False
+
+
+def many(parser: FlagParser, dest: str) -> None:
+    """Let a flag take several values."""
+    parser.action(dest).nargs = "+"
+
+
+def add_server_flags(group, max_connections: int = 8) -> None:
+    """What a script needs to know of an OpenAI-compatible server, whoever is asked there."""
+    group.add_argument("--base_url", metavar="URL",
+                       help="the server's address, such as http://127.0.0.1:8000/v1 "
+                            "(default: the provider's)")
+    group.add_argument("--key_file", metavar="FILE", help="lines NAME=KEY, mode 600")
+    group.add_argument("--max_connections", type=positive_int, default=max_connections,
+                       help="calls at a time (default: %(default)s)")
+    group.add_argument("--timeout", type=positive, default=120,
+                       help="seconds without a byte until a call is tried again (default: 120)")
+    group.add_argument("--timeout_total", type=positive, default=600,
+                       help="seconds of tries until the run stops (default: 600)")
+
+
+# ---- configs ------------------------------------------------------------------------------------
+
+
+def config_names(parser: FlagParser) -> dict[str, argparse.Action]:
+    """The flags of a parser by every name that a config may use for them."""
+    return {name: action for action in parser._actions if action.dest not in META
+            for name in [action.dest, *(option[2:] for option in action.option_strings
+                                        if not option.startswith("--no-"))]}
 
 
 def read_config(path: str) -> dict[str, tuple[object, int]]:
-    """Read a YAML mapping as {key: (value, line)}. Only plain values; tags and duplicates are refused."""
-    import yaml
-
+    """Read a YAML mapping as {key: (value, line)}; refuses tags and keys that stand twice."""
     file = Path(path)
     if not file.is_file():
         fail(USAGE, f"config {path} is not a file", "give a YAML file; examples are in configs/")
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines = key_lines(node, path) if isinstance(node, yaml.MappingNode) else {}
+        lines = _key_lines(node, path) if isinstance(node, yaml.MappingNode) else {}
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         unsafe = "python/" in str(error)
         problem = "unsafe tag" if unsafe else "not valid YAML"
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        fail(USAGE, f"{place}: {problem}: {' '.join(str(error).split())[:200]}", "use plain key: value lines")
+        marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
+        place = f"{path}:{marked.line + 1}" if marked else path
+        fail(USAGE, f"{place}: {problem}: {' '.join(str(error).split())[:200]}",
+             "use plain key: value lines")
     if not isinstance(values, dict):
-        fail(USAGE, f"{path}: must be a mapping of flag names to values, got {type(values).__name__}",
-            "one key: value a line, keys as in --help")
+        fail(USAGE, f"{path}: must be a mapping of flag names to values, "
+                    f"got {type(values).__name__}",
+             "one key: value a line, keys as in --help")
     config = {key: (value, lines[key]) for key, value in values.items()}
     for key, inner in node.value:
         if key.value in SECTIONS and isinstance(inner, yaml.MappingNode):
-            own, section = key_lines(inner, path), config.pop(key.value)[0]
+            own, section = _key_lines(inner, path), config.pop(key.value)[0]
             config |= {f"{key.value}.{name}": (value, own[name]) for name, value in section.items()}
     return config
 
 
-def key_lines(node, path: str) -> dict[str, int]:
+def _key_lines(node, path: str) -> dict[str, int]:
     """The line of every key of a YAML mapping; a key must be a plain name and stand once."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
         if key.tag != "tag:yaml.org,2002:str":
-            fail(USAGE, f"{place}: a key must be a flag's name, got {key.value!r}", "keys are the names in --help")
+            fail(USAGE, f"{place}: a key must be a flag's name, got {key.value!r}",
+                 "keys are the names in --help")
         if key.value in lines:
             fail(USAGE, f"{place}: key {key.value!r} stands twice", "keep one")
         lines[key.value] = key.start_mark.line + 1
     return lines
 
 
-def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path: str) -> None:
+def _apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path: str) -> None:
     """Make a config's values the parser's defaults, checked and coerced as if they were flags."""
     actions = config_names(parser)
     for key, (value, line) in config.items():
@@ -129,14 +227,14 @@ def apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], path
             parser.unknown(name, f'{path}:{line}: key "{key}"')
         action = actions[name]
         if value is not None:
-            value = coerce(action, value, where)
+            value = _coerce(action, value, where)
         elif action.default is not None or action.required:
             fail(USAGE, f"{where} has no value", "give one, or delete the line")
         action.required = False
         parser.set_defaults(**{action.dest: value})
 
 
-def coerce(action: argparse.Action, value: object, where: str) -> object:
+def _coerce(action: argparse.Action, value: object, where: str) -> object:
     """A config value as its flag would have read it (YAML 1.1 reads 1e-4 as a string)."""
     if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
@@ -153,42 +251,63 @@ def coerce(action: argparse.Action, value: object, where: str) -> object:
         if any(isinstance(item, (bool, dict, list)) for item in items):
             raise ValueError
         items = [convert(str(item)) for item in items]
+    except argparse.ArgumentTypeError as error:
+        fail(USAGE, f"{where}: {error}")
     except ValueError:
-        fail(USAGE, f"{where} must be of type {convert.__name__}, got {value!r}", "quote words such as \"no\" and \"on\"")
+        fail(USAGE, f"{where} must be of type {convert.__name__}, got {value!r}",
+             'quote words such as "no" and "on"')
     for item in items:
         if action.choices and item not in action.choices:
-            fail(USAGE, f"{where} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
+            fail(USAGE, f"{where} must be one of {', '.join(map(str, action.choices))}, "
+                        f"got {item!r}")
     return items if many else items[0]
 
 
-def parse_flags(build_parser: Callable[[str | None], FlagParser], argv: list[str] | None):
-    """Two passes: --method and --config first, then only that method's flags.
-
-    Precedence: flag > config file > default. Hyphens in flag names count as underscores.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--config")
-    known, _ = first.parse_known_args(argv)
-    config = read_config(known.config) if known.config else {}
-    method = known.method or config.get("method", (None,))[0]
-    parser = build_parser(method)
-    spelt = {o[2:].replace("-", "_"): o for o in parser._option_string_actions if o.startswith("--")}
+def _spell(parser: FlagParser, argv: list[str]) -> list[str]:
+    """The words of a command with hyphens in flag names read as underscores."""
+    spelt = {option[2:].replace("-", "_"): option for option in parser._option_string_actions
+             if option.startswith("--")}
 
     def spell(match: re.Match) -> str:  # argparse itself registers --no-number with a hyphen
         name = match[1].replace("-", "_")
         return spelt.get(name, f"--{name}")
 
-    argv = [re.sub(r"^--([\w-]+)", spell, word) for word in argv]
-    parser.add_argument("--config", metavar="FILE.yaml", help="read flags from a YAML file; flags win")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved flags and stop")
-    apply_config(parser, config, known.config)
-    args = parser.parse_args(argv)
-    if args.print_config:
-        import yaml
+    return [re.sub(r"^--([\w-]+)", spell, word) for word in argv]
 
-        skip = ("config", "print_config")
-        print(yaml.safe_dump({k: v for k, v in vars(args).items() if k not in skip}), end="")
+
+def first_pass(argv: list[str] | None, *names: str) -> dict[str, object]:
+    """The values of a few flags before the parser that checks them can be built; None if not given.
+
+    They are read from the command, else from its --config file: which other flags there are depends
+    on them (a method has flags of its own).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = FlagParser(add_help=False)
+    for name in ("config", *names):
+        parser.add_argument(f"--{name}", nargs="?", const=True)
+    args, _ = parser.parse_known_args(_spell(parser, argv))
+    config = read_config(args.config) if args.config else {}
+    return {name: config.get(name, (None,))[0] if value is None else value
+            for name, value in vars(args).items() if name != "config"} | {"config": args.config}
+
+
+def parse_flags(parser: FlagParser, argv: list[str] | None) -> Args:
+    """Read a command and its --config file into read-only flags.
+
+    Precedence: flag > config file > default. Hyphens in flag names count as underscores.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser.add_argument("--config", metavar="FILE.yaml",
+                        help="read flags from a YAML file; flags win")
+    parser.add_argument("--print_config", action="store_true",
+                        help="print the resolved flags and stop")
+    if config := first_pass(argv)["config"]:
+        _apply_config(parser, read_config(config), config)
+    args = parser.parse_args(_spell(parser, argv))
+    if args.print_config:  # before anything is derived, so that what is printed can be read again
+        flags = {name: value for name, value in vars(args).items() if name not in META}
+        print(yaml.safe_dump(flags), end="")
         raise SystemExit(0)
-    return args
+    for function in parser.derivations:
+        args = argparse.Namespace(**vars(args) | function(args))
+    return Args(**vars(args))
