@@ -1,44 +1,84 @@
-"""Several branches that speak as one: fusion of soft prompts, and classifier-free guidance."""
+"""Trees whose next token is chosen from several distributions.
+
+- GuidedTree: classifier-free guidance, an extrapolation from an unconditional branch;
+- MixedTree: all branches speak as one, which is the fusion of soft prompts.
+
+`sampling.complete` asks the model for the branches of `computed_trees`, and `next_logits` makes of
+their logits those from which tokens are chosen.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-)
 
 from trees import Tree
 
 
-class Fusion(LogitsProcessor):
-    """Makes the branches of a row one voice: their logits are mixed, and each branch gets the mixture.
+@dataclass(kw_only=True)
+class GuidedTree(Tree):
+    """A tree for classifier-free guidance (Ho and Salimans, arXiv:2207.12598).
 
-    weights (rows, N); kind probs: log of the weighted mean of probabilities; else the weighted sum of logits.
+    uncond: the same branches without their condition. The next token's logits are
+    z_uncond + guidance_scale * (z - z_uncond): 1 is the condition alone, 0 none of it.
     """
 
-    def __init__(self, weights: Tensor, kind: str):
-        self.weights, self.kind = weights, kind
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
-        rows = scores.view(*self.weights.shape, -1)
-        weights = self.weights[..., None].to(scores.device)
-        if self.kind == "probs":
-            mixed = (rows.log_softmax(-1) + weights.log()).logsumexp(1)
-        else:
-            mixed = (weights * rows).sum(1)
-        return mixed.repeat_interleave(rows.shape[1], 0)
+    uncond: Tree
+    guidance_scale: float
 
 
-def fusion_of(trees: list[Tree]) -> Fusion:
-    return Fusion(torch.stack([tree.note["weights"] for tree in trees]), trees[0].note["kind"])
+@dataclass(kw_only=True)
+class MixedTree(Tree):
+    """A tree whose branches give one response together: each takes the token of their mixture.
 
-
-def guide(logits: Tensor, guidance: list[float]) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv:2207.12598) on next-token logits.
-
-    logits (2 x rows, N, V): of the conditioned rows, then of their unconditioned twins. Returns (rows, N, V),
-    z_un + g (z_c - z_un), with one g per row: 1 is the condition alone, 0 none of it.
+    weights (N,), one a branch. kind "probs": the weighted mean of the branches' probabilities (the
+    weights sum to 1); any other kind: the weighted sum of their logits.
     """
-    conditioned, plain = logits.chunk(2)
-    return plain + torch.tensor(guidance, device=logits.device)[:, None, None] * (conditioned - plain)
+
+    weights: Tensor
+    kind: str
+
+
+def computed_trees(trees: list[Tree]) -> list[Tree]:
+    """All trees that the model computes: these, then the unconditional ones of guided trees."""
+    return [*trees, *(tree.uncond for tree in trees if isinstance(tree, GuidedTree))]
+
+
+def num_responses(trees: list[Tree]) -> int:
+    """How many responses a tree of this forest gives at once."""
+    return 1 if isinstance(trees[0], MixedTree) else len(trees[0].root.children)
+
+
+def next_logits(trees: list[Tree], logits: Tensor) -> Tensor:
+    """The logits (rows, responses, V) from which tokens are chosen.
+
+    logits (computed trees, N, V): what the model gives after the newest token of every branch.
+    """
+    kinds = {type(tree) for tree in trees}
+    assert len(kinds) == 1, f"trees of one kind are decoded together, got {kinds}"
+    if isinstance(trees[0], GuidedTree):
+        return guide(logits, [tree.guidance_scale for tree in trees])
+    if isinstance(trees[0], MixedTree):
+        weights = torch.stack([tree.weights for tree in trees]).to(logits.device)
+        return mix(logits, weights, trees[0].kind)[:, None]
+    return logits
+
+
+def guide(logits: Tensor, guidance_scale: list[float]) -> Tensor:
+    """Guided logits (rows, N, V), with one scale a row.
+
+    logits (2 x rows, N, V): of the conditioned rows, then of the same rows without condition.
+    """
+    cond, uncond = logits.chunk(2)
+    scale = torch.tensor(guidance_scale, device=logits.device)[:, None, None]
+    return uncond + scale * (cond - uncond)
+
+
+def mix(logits: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """The logits (rows, V) of a mixture of branches: logits (rows, N, V), weights (rows, N)."""
+    weights = weights[..., None]
+    if kind == "probs":
+        return (logits.log_softmax(-1) + weights.log()).logsumexp(1)
+    return (weights * logits).sum(1)

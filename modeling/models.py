@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from trees.attention import BY_TREE, register
 from utils import EMBEDDED, MISSING, USAGE, fail, info, seal, sha256, warn
 
 EMBEDDED_SIZE = 98_362_432
@@ -163,8 +164,7 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    import trees  # noqa: F401  knows sdpa_by_tree
-
+    register()  # transformers refuses names of attention that it does not know
     cuda = torch.cuda.is_available()
     kwargs = {"dtype": torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32}
     if load_in_4bit:
@@ -179,7 +179,7 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
         fail(MISSING, f"--attn_implementation {attn_implementation} does not work here: {str(error)[:150]}",
             "sdpa and eager work everywhere, flex_attention on GPUs")
     if attn_implementation == "sdpa":
-        model.set_attn_implementation("sdpa_by_tree")
+        model.set_attn_implementation(BY_TREE)
     model.generation_config = GenerationConfig()
     if cuda and not load_in_4bit:
         model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")

@@ -14,6 +14,7 @@ import torch
 
 from modeling.embedder import load_embedder
 from modeling.models import embedded_model_dir, load_model, load_tokenizer
+from trees.attention import BY_TREE, register
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -71,14 +72,13 @@ def make_model(vocab_size: int, seed: int = 0):
     """A random two-layer Llama in float32, without dropout."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import trees  # noqa: F401  knows sdpa_by_tree
-
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
                          tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, initializer_range=0.3)
     model = LlamaForCausalLM(config).eval()
-    model.set_attn_implementation("sdpa_by_tree")  # as load_model has it
+    register()
+    model.set_attn_implementation(BY_TREE)  # as load_model does
     return model
 
 

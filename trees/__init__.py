@@ -2,8 +2,8 @@
 
 A tree is a context with branches: a few prompt endings, under each a few responses. `pack` walks a
 forest depth first and lays all tokens in one row. Every token knows its predecessor (`parent`), the
-position it would have in an ordinary row (`position_ids`) and the last index of the subtree below it
-(`last`). Token i may attend to token j if and only if
+position it would have in an ordinary row (`position_ids`) and the last index of the subtree below
+it (`last`). Token i may attend to token j if and only if
 
     j <= i <= last[j]
 
@@ -11,14 +11,30 @@ which holds exactly when j lies on the path from the root of i's tree to i. That
 branches and packed trees apart, so per-token log-probabilities equal those of padded rows to
 rounding, and each shared token is computed once.
 
-Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are needed, V vocabulary.
+    tree.py       segments, trees, tries of targets; the same tree as ordinary rows
+    packing.py    a forest as one row of tensors, and such a row cut into parts
+    attention.py  the rule as a matrix, as FlexAttention's BlockMask, and tree by tree in SDPA
+    scoring.py    log-probabilities of a forest's tokens, with gradients or without
+    growing.py    several trees that are decoded together
+
+Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are needed, V
+vocabulary.
 """
 
-from trees.attention import attention_mask, mask_mod, sdpa_by_tree  # noqa: F401
-from trees.growing import Branches, left_pad, prefill  # noqa: F401
-from trees.packing import pack, split, take  # noqa: F401
-from trees.scoring import leaf_sums, score, score_forest, score_in_parts, score_logits, score_rows, sum_by_row  # noqa: F401
-from trees.tree import (  # noqa: F401
+from trees.attention import attention_mask, mask_mod
+from trees.growing import Branches, left_pad, prefill
+from trees.packing import pack, split, to_device
+from trees.scoring import (
+    ScoredTree,
+    leaf_sums,
+    score,
+    score_forest,
+    score_in_parts,
+    score_logits,
+    score_rows,
+    sum_by_row,
+)
+from trees.tree import (
     CONTEXT,
     LIKELIHOOD,
     UNLIKELIHOOD,
@@ -32,3 +48,34 @@ from trees.tree import (  # noqa: F401
     target_trie,
     walk,
 )
+
+__all__ = [
+    "CONTEXT",
+    "LIKELIHOOD",
+    "UNLIKELIHOOD",
+    "Branches",
+    "ScoredTree",
+    "Segment",
+    "Tree",
+    "attention_mask",
+    "branch_prompts",
+    "leaf_sums",
+    "left_pad",
+    "mask_mod",
+    "num_tokens",
+    "ordinary_rows",
+    "pack",
+    "padded_shape",
+    "prefill",
+    "prefix_clash",
+    "score",
+    "score_forest",
+    "score_in_parts",
+    "score_logits",
+    "score_rows",
+    "split",
+    "sum_by_row",
+    "target_trie",
+    "to_device",
+    "walk",
+]

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+BY_TREE = "sdpa_by_tree"  # the name under which transformers knows sdpa_by_tree
+
+
+def register() -> None:
+    """Make `sdpa_by_tree` known to transformers; to be called before a model is set to use it."""
+    AttentionInterface.register(BY_TREE, sdpa_by_tree)
+    AttentionMaskInterface.register(BY_TREE, sdpa_mask)
+
 
 def attention_mask(last: Tensor, implementation: str = "sdpa"):
-    """The attention rule, as the boolean (1, 1, T, T) matrix of SDPA or, for flex_attention, as FlexAttention's BlockMask.
+    """The attention rule as the boolean (1, 1, T, T) matrix of SDPA; True means may attend.
 
-    True = may attend. FlexAttention never builds the matrix, so memory grows with T instead of T^2.
+    For flex_attention it is a BlockMask: the matrix is never built, so memory grows with T instead
+    of T^2.
     """
     if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
         length = len(last)
         return create_block_mask(mask_mod(last), None, None, length, length, device=last.device)
     index = torch.arange(len(last), device=last.device)
@@ -33,22 +41,33 @@ def mask_mod(last: Tensor):
     return rule
 
 
-def sdpa_by_tree(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, tree_lengths: list[int] | None = None, **kwargs):
-    """SDPA, tree by tree where a packed row says how long its trees are: no token attends to another tree.
+def sdpa_by_tree(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    tree_lengths: list[int] | None = None,
+    **kwargs,
+):
+    """SDPA, tree by tree where a packed row says how long its trees are.
 
-    query (1, H, T, D) -> (1, T, H, D), as transformers has it. The cost falls from the square of all tokens to the sum
-    of the trees' squares.
+    No token attends to another tree, so the cost falls from the square of all tokens to the sum of
+    the trees' squares. query (1, H, T, D) -> output (1, T, H, D), as in transformers.
     """
-    if tree_lengths is None:
+    if tree_lengths is None:  # a padded batch or one with a cache: there are no trees to tell apart
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs, start = [], 0
     for length in tree_lengths:
-        own = slice(start, start + length)
-        outputs.append(sdpa_attention_forward(
-            module, query[:, :, own], key[:, :, own], value[:, :, own], attention_mask[:, :, own, own], **kwargs)[0])
+        tree = slice(start, start + length)
+        output, _ = sdpa_attention_forward(
+            module,
+            query[:, :, tree],
+            key[:, :, tree],
+            value[:, :, tree],
+            attention_mask[:, :, tree, tree],
+            **kwargs,
+        )
+        outputs.append(output)
         start += length
     return torch.cat(outputs, 1), None
-
-
-AttentionInterface.register("sdpa_by_tree", sdpa_by_tree)
-AttentionMaskInterface.register("sdpa_by_tree", sdpa_mask)

@@ -9,20 +9,24 @@ from torch import Tensor
 
 from trees.tree import CONTEXT, Segment, Tree
 
+Batch = dict[str, Tensor | int | list[Tree]]
 
-def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
+
+def pack(trees: Iterable[Tree]) -> Batch:
     """Lay a forest into one row.
 
-    Returns input_ids, position_ids (1, T); parent, last (T,), parent -1 at a tree's first token; and
-    for the scored tokens: token, role, branch, row (S,) integers and weight (S,), where `token` is
-    the index in the packed row, `branch` the label of the segment and `row` the index of the tree.
-    num_rows is the number of trees, notes are theirs.
+    Returns input_ids, position_ids (1, T); parent, last (T,), parent -1 at a tree's first token;
+    and for the scored tokens: token, role, branch, row (S,) integers and weight (S,), where `token`
+    is the index in the packed row, `branch` the label of the segment, `row` the index of the tree.
+    num_rows is the number of trees, and `trees` are the trees themselves: a method's loss finds
+    there what its own kind of tree carries.
     """
     trees = list(trees)
     input_ids, position, parent, last = [], [], [], []
     scored = []  # (token, role, weight, branch, row)
 
     def lay(segment: Segment, previous: int, depth: int, row: int) -> None:
+        """Append a segment and what is below it; previous: the index of the token before it."""
         first = len(input_ids)
         for i, token in enumerate(segment.input_ids):
             weight = 1.0 if segment.weights is None else segment.weights[i]
@@ -32,11 +36,11 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
             position.append(depth + i)
             parent.append(previous if i == 0 else first + i - 1)
         last.extend([0] * len(segment.input_ids))
-        own = range(first, len(input_ids))
-        end = own[-1] if own else previous
+        indices = range(first, len(input_ids))
+        end = indices[-1] if indices else previous  # a segment without tokens passes its parent on
         for child in segment.children:
-            lay(child, end, depth + len(own), row)
-        for i in own:
+            lay(child, end, depth + len(indices), row)
+        for i in indices:  # only now is it known where the subtree ends
             last[i] = len(input_ids) - 1
 
     for row, tree in enumerate(trees):
@@ -54,16 +58,24 @@ def pack(trees: Iterable[Tree]) -> dict[str, Tensor | int]:
         "branch": torch.tensor(branch, dtype=torch.long),
         "row": torch.tensor(row, dtype=torch.long),
         "num_rows": len(trees),
-        "notes": [tree.note for tree in trees],
+        "trees": trees,
     }
 
 
-def split(batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int) -> list[dict[str, Tensor | int]]:
-    """Cut a packed row into rows of at most max_leaves leaves and max_tokens tokens (at least one leaf each).
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on a device."""
+    return {
+        name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()
+    }
 
-    Every scored token is scored in exactly one part, so sums over the parts are sums over the whole. A part is a run
-    of packed tokens and the ancestors of its first token: the packing is depth first, so an ancestor of a later token
-    of the run stands in the run or is one of those.
+
+def split(batch: Batch, max_leaves: int, max_tokens: int) -> list[Batch]:
+    """Cut a packed row into rows of at most max_leaves leaves and max_tokens tokens each.
+
+    A part has at least one leaf, however long. Every scored token is scored in exactly one part, so
+    sums over the parts are sums over the whole. A part is a run of packed tokens and the ancestors
+    of its first token: the packing is depth first, so an ancestor of a later token of the run
+    stands in the run or is one of those.
     """
     last = batch["last"].tolist()
     ends = [i + 1 for i, end in enumerate(last) if end == i]  # a run ends after a leaf
@@ -71,23 +83,27 @@ def split(batch: dict[str, Tensor | int], max_leaves: int, max_tokens: int) -> l
     while start < len(last):
         above = [j for j in range(start) if last[j] >= start]
         later = [end for end in ends if end > start][:max_leaves]
-        end = max((end for end in later if len(above) + end - start <= max_tokens), default=later[0])
-        parts.append(take(batch, above, start, end))
+        fitting = [end for end in later if len(above) + end - start <= max_tokens]
+        end = max(fitting, default=later[0])
+        parts.append(_take(batch, above, start, end))
         start = end
     return parts
 
 
-def take(batch: dict[str, Tensor | int], above: list[int], start: int, end: int) -> dict[str, Tensor | int]:
-    """The part of a packed row with the tokens `above` and those of [start, end), of which the latter are scored."""
+def _take(batch: Batch, above: list[int], start: int, end: int) -> Batch:
+    """The tokens `above` and those of [start, end) of a packed row; only the latter are scored."""
     device = batch["last"].device
-    keep = torch.tensor([*above, *range(start, end)], device=device)
-    parent, scored = batch["parent"][keep], (batch["token"] >= start) & (batch["token"] < end)
+    keep = torch.tensor([*above, *range(start, end)], device=device)  # ascending
+    parent = batch["parent"][keep]
+    scored = (batch["token"] >= start) & (batch["token"] < end)
     part = {name: batch[name][scored] for name in ("role", "weight", "branch", "row")}
     return part | {
         "input_ids": batch["input_ids"][:, keep],
         "position_ids": batch["position_ids"][:, keep],
         "parent": torch.searchsorted(keep, parent).where(parent >= 0, -1),
+        # the last kept token of a subtree, where the part cuts the subtree short
         "last": torch.searchsorted(keep, batch["last"][keep], right=True) - 1,
         "token": torch.searchsorted(keep, batch["token"][scored]),
         "num_rows": batch["num_rows"],
+        "trees": batch["trees"],
     }

@@ -1,18 +1,4 @@
-"""Prompt trees: one context, computed once, with all its continuations packed into one row.
-
-A tree is a context with branches: a few prompt endings, under each a few responses. `pack` walks a
-forest depth first and lays all tokens in one row. Every token knows its predecessor (`parent`), the
-position it would have in an ordinary row (`position_ids`) and the last index of the subtree below it
-(`last`). Token i may attend to token j if and only if
-
-    j <= i <= last[j]
-
-which holds exactly when j lies on the path from the root of i's tree to i. That comparison keeps
-branches and packed trees apart, so per-token log-probabilities equal those of padded rows to
-rounding, and each shared token is computed once.
-
-Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are needed, V vocabulary.
-"""
+"""Segments and trees: what one data row teaches or asks."""
 
 from __future__ import annotations
 
@@ -40,18 +26,14 @@ class Segment:
 
 @dataclass
 class Tree:
-    """What one data row teaches or asks: the root segment, how many turns did not fit, and what else is to be known.
+    """What one data row teaches or asks: its root segment, and how many turns did not fit.
 
-    A root without tokens makes its children trees of their own that belong to one row.
-    twin: the same branches without what they are asked for; the next token's logits are twin + guidance * (own - twin).
-    note: whatever a method's loss or decoding wants to know of the row.
+    A root without tokens makes its children trees of their own that belong to one row. A method or
+    decoder that needs more beside a tree derives a dataclass from this one (kw_only=True).
     """
 
     root: Segment
     dropped_turns: int = 0
-    twin: Tree | None = None
-    guidance: float = 1.0
-    note: object = None
 
 
 def walk(segment: Segment, above: tuple[Segment, ...] = ()) -> Iterator[tuple[Segment, ...]]:
@@ -75,26 +57,29 @@ def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) 
     if branches is None:
         assert all(p == prompts[0] for p in prompts), "different prompts need branch labels"
         return Segment(prompts[0])
-    shared = min(shared, min(len(p) for p in prompts) - 1)  # every branch keeps a token of its own
+    # every branch keeps a token: its reply's first logits stand there
+    shared = min(shared, min(len(p) for p in prompts) - 1)
     ends = [Segment(p[shared:], branch=b) for p, b in zip(prompts, branches, strict=True)]
     return Segment(prompts[0][:shared], children=ends)
 
 
 def prefix_clash(sequences: list[list[int]]) -> tuple[int, int] | None:
-    """Indices (i, j) of a sequence that equals or starts another one, or None if the set is prefix-free."""
+    """Indices (i, j) of a sequence that equals or starts another one; None if prefix-free."""
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-    for i, j in zip(order, order[1:], strict=False):  # what starts with sequence i follows it at once
+    # sorted, the sequences that start with sequence i follow it at once, so neighbours suffice
+    for i, j in zip(order, order[1:], strict=False):
         if sequences[j][: len(sequences[i])] == sequences[i]:
             return i, j
     return None
 
 
 def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segment]:
-    """Sequences of a target distribution as scored segments in which every common prefix stands once.
+    """Sequences of a target distribution as scored segments in which a common prefix stands once.
 
-    A token's weight is the sum of the weights of the sequences through it, so the sum of -weight * logp over all
-    tokens is -sum_y w(y) log p(y). The segment in which sequence i ends is a leaf with branch i. Raises ValueError
-    unless the sequences are prefix-free: an inner node cannot end a sequence, and probabilities would overlap.
+    A token's weight is the sum of the weights of the sequences through it, so the sum of
+    -weight * logp over all tokens is -sum_y w(y) log p(y). The segment in which sequence i ends is
+    a leaf with branch i. Raises ValueError unless the sequences are prefix-free: an inner node
+    cannot end a sequence, and probabilities would overlap.
     """
     clash = prefix_clash(sequences)
     if clash:
@@ -110,9 +95,14 @@ def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segmen
             first, end = sequences[group[0]], start + 1
             while end < len(first) and all(sequences[i][end] == first[end] for i in group):
                 end += 1
-            weight, is_leaf = sum(weights[i] for i in group), len(group) == 1
-            segments.append(Segment(first[start:end], LIKELIHOOD, [weight] * (end - start), group[0] if is_leaf else -1,
-                                    [] if is_leaf else grow(group, end)))
+            is_leaf = len(group) == 1
+            segments.append(Segment(
+                input_ids=first[start:end],
+                role=LIKELIHOOD,
+                weights=[sum(weights[i] for i in group)] * (end - start),
+                branch=group[0] if is_leaf else -1,
+                children=[] if is_leaf else grow(group, end),
+            ))
         return segments
 
     return grow(list(range(len(sequences))), 0)
@@ -124,8 +114,9 @@ def num_tokens(tree: Tree) -> int:
 
 
 def padded_shape(tree: Tree) -> tuple[int, int]:
-    """(rows, tokens of the longest) of the same tree as ordinary rows, one from the root to every leaf."""
-    lengths = [sum(len(part.input_ids) for part in path) for path in walk(tree.root) if not path[-1].children]
+    """(rows, tokens of the longest) of the same tree as ordinary rows, one per leaf."""
+    leaves = [path for path in walk(tree.root) if not path[-1].children]
+    lengths = [sum(len(part.input_ids) for part in path) for path in leaves]
     return len(lengths), max(lengths)
 
 
