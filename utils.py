@@ -1,7 +1,6 @@
-"""What the scripts share: errors, JSONL, prompts, models and checkpoints.
+"""What all rooms share: errors and exit codes, JSONL, whole files and folders, hashes, versions.
 
-Heavy libraries are imported inside the functions that use them, so that `--help` and a bad flag
-answer in half a second.
+Only the standard library is imported, so that `--help` and a bad flag answer in half a second.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -49,48 +49,45 @@ def warn(text: str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is the GPU's or the CPU allocator's way to say that memory is full."""
-    text = str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(mark in text for mark in ("out of memory", "can't allocate memory", "ALLOC_FAILED"))
-    )
+    """Whether an exception means that the memory of the GPU or the CPU is full."""
+    marks = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    has_mark = any(mark in str(error) for mark in marks)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and has_mark)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception means that no more bytes fit; torch and safetensors hide the errno."""
+    """Whether an exception means that the disk or the quota is full."""
     codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    text = str(error)
-    return getattr(error, "errno", None) in codes or any(
-        mark in text
-        for mark in ("No space left", "File too large", "file write failed", "os error 28", "os error 27")
-    )
+    # torch and safetensors raise types of their own, without errno
+    marks = ("No space left", "File too large", "file write failed", "os error 28", "os error 27")
+    has_mark = any(mark in str(error) for mark in marks)
+    return has_mark or (isinstance(error, OSError) and error.errno in codes)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; whatever escapes it leaves with the exit code of the table above."""
+    """Run a script's main; an exception that escapes it ends the process with one of the codes."""
     try:
         main()
         sys.stdout.flush()  # a closed pipe shows here, not when Python exits
     except KeyboardInterrupt:
-        info("stopped by Ctrl-C; what was written stays, the same command with --resume goes on")
+        info("stopped by Ctrl-C; finished work is kept, the same command with --resume goes on")
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `| head` has seen enough; keep Python from complaining at exit
+    except BrokenPipeError:  # `| head` has read enough; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
         if is_disk_full(error):
-            free = shutil.disk_usage(".").free
-            fail(TRY_LATER, f"disk full: {error} ({free / 1e6:.0f} MB free)", "make room, then --resume")
+            free = shutil.disk_usage(".").free / 1e6
+            fail(TRY_LATER, f"disk full: {error} ({free:.0f} MB free)", "make room, then --resume")
         log = Path("error.log")
         log.write_text(traceback.format_exc(), encoding="utf-8")
-        fail(BUG, f"{type(error).__name__}: {error}", f"this is a bug of ours; traceback in {log.resolve()}")
+        hint = f"this is a bug of ours; traceback in {log.resolve()}"
+        fail(BUG, f"{type(error).__name__}: {error}", hint)
 
 
 def parse_line(text: str) -> dict:
     """Parse one JSON object strictly: no duplicate keys, no NaN, no half surrogates."""
-
-    row = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    row = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     try:
@@ -101,41 +98,27 @@ def parse_line(text: str) -> dict:
 
 
 def unique_keys(items: list[tuple[str, object]]) -> dict:
-    """A JSON object whose keys stand once each; json itself would keep the last of two."""
+    """A JSON object without duplicate keys; json itself would keep the last of two."""
     row = dict(items)
     if len(row) < len(items):
         keys = [key for key, _ in items]
-        raise ValueError(f'key "{next(k for k in keys if keys.count(k) > 1)}" stands twice in one object')
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f'key "{twice}" stands twice in one object')
     return row
 
 
-def refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda row: None) -> list[dict]:
+def read_jsonl(path: str | Path, check: Callable = lambda row: None) -> list[dict]:
     """Read and check a JSONL file; all lines are read before the first error stops the run.
 
-    check returns what is wrong with a row, or None. Errors name file:line:column, up to 20 of them.
-    A byte order mark and blank lines are accepted, and a whole file that is one JSON array.
+    check(row) returns what is wrong with a row, or None. Up to 20 errors are shown, by
+    file:line:column. A byte order mark, blank lines and one JSON array as a file are accepted.
     """
-    path = Path(path)
-    if not path.is_file():
-        fail(USAGE, f"{path} is {'a folder' if path.is_dir() else 'not there'}", "give a JSONL file")
-    if path.suffix in (".gz", ".parquet", ".csv", ".tsv", ".zip", ".pkl"):
-        fail(USAGE, f"{path}: {path.suffix} files are not read",
-            "convert it to JSONL: one JSON object a line, UTF-8")
-    data = path.read_bytes()
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        fail(USAGE, f"{path}: UTF-16, not UTF-8", f"iconv -f UTF-16 -t UTF-8 {path} > new.jsonl")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    lines = data.split(b"\n")  # never splitlines(): U+2028 may stand inside a JSON string
-    whole = one_array(data)
-    if whole is not None:
-        info(f"{path} is one JSON array; its {len(whole)} items are read as rows and numbered as lines")
-        lines = [json.dumps(item).encode() for item in whole]
     rows, errors = [], []
-    for number, raw in enumerate(lines, 1):
+    for number, raw in enumerate(_lines_of(Path(path)), 1):
         if not raw.strip():
             continue
         place = f"{path}:{number}"
@@ -143,8 +126,8 @@ def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda ro
             row = parse_line(raw.decode("utf-8"))
             problem = check(row)
         except UnicodeDecodeError as error:
-            byte = raw[error.start]
-            problem = f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}); iconv converts it"
+            byte, column = raw[error.start], error.start + 1
+            problem = f"not UTF-8 (byte 0x{byte:02x} at column {column}); iconv converts it"
         except json.JSONDecodeError as error:
             place += f":{error.colno}"
             problem = f"not JSON: {error.msg}"
@@ -158,11 +141,30 @@ def read_jsonl(path: str | Path, check: Callable[[dict], str | None] = lambda ro
     if errors:
         for text in errors[1:MAX_SHOWN_ERRORS]:
             print(f"error: {text}", file=sys.stderr)
-        more = f"; and {len(errors) - MAX_SHOWN_ERRORS} more" if len(errors) > MAX_SHOWN_ERRORS else ""
-        fail(USAGE, f"{errors[0]}\nbad rows in {path}: {len(errors)}{more}", "mend or delete these rows")
+        hidden = len(errors) - MAX_SHOWN_ERRORS
+        count = f"{len(errors)}; and {hidden} more" if hidden > 0 else f"{len(errors)}"
+        fail(USAGE, f"{errors[0]}\nbad rows in {path}: {count}", "correct or delete these rows")
     if not rows:
         fail(USAGE, f"{path}: no rows", "one JSON object a line")
     return rows
+
+
+def _lines_of(path: Path) -> list[bytes]:
+    """The lines of a JSONL file; the items of a single array count as lines."""
+    if not path.is_file():
+        fail(USAGE, f"{path} is {'a folder' if path.is_dir() else 'not there'}", "give JSONL")
+    if path.suffix in (".gz", ".parquet", ".csv", ".tsv", ".zip", ".pkl"):
+        hint = "convert it to JSONL: one JSON object a line, UTF-8"
+        fail(USAGE, f"{path}: {path.suffix} files are not read", hint)
+    data = path.read_bytes()
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        fail(USAGE, f"{path}: UTF-16, not UTF-8", f"iconv -f UTF-16 -t UTF-8 {path} > new.jsonl")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    items = one_array(data)
+    if items is None:
+        return data.split(b"\n")  # never splitlines(): U+2028 may stand inside a JSON string
+    info(f"{path} is one JSON array; its {len(items)} items are read as rows")
+    return [json.dumps(item).encode() for item in items]
 
 
 def one_array(data: bytes) -> list | None:
@@ -179,8 +181,8 @@ def one_array(data: bytes) -> list | None:
 def check_row(row: dict, candidates: bool = True) -> str | None:
     """What is wrong with a data row, or None.
 
-    A row has `context` (turns joined by newlines, the last one by Person A) or `prompt` (any task),
-    and `candidates`, a list of strings.
+    A row has `context` (turns joined by newlines, the last one by Person A) or `prompt` (any
+    task), and `candidates`, a list of strings.
     """
     kinds = [key for key in ("context", "prompt") if key in row]
     if len(kinds) != 1:
@@ -202,6 +204,11 @@ def check_row(row: dict, candidates: bool = True) -> str | None:
     return None
 
 
+def text_of(row: dict) -> str:
+    """What a row asks: its prompt or its context; "" for a row without either."""
+    return row.get("prompt") or row.get("context") or ""
+
+
 def normalise(text: str) -> str:
     """Text for comparisons: lower case, single spaces, no punctuation at the ends."""
     return " ".join(text.casefold().split()).strip(" .!?,;:'\"")
@@ -211,7 +218,7 @@ def atomic_write(path: str | Path, text: str) -> None:
     """Write a whole file or none: a temporary file in the same folder, synced, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # rename needs one file system
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
@@ -220,10 +227,10 @@ def atomic_write(path: str | Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
@@ -231,9 +238,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def repair_tail(path: str | Path) -> None:
-    """Make a JSONL file end in a whole line before anything is appended to it.
+    """Make a JSONL file end in a whole line, so that rows can be appended to it.
 
-    A last line without newline that is whole JSON gets its newline; a fragment goes to FILE.torn.
+    A last line that only lacks its newline gets one; a fragment of a row goes to FILE.torn.
     """
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
@@ -265,16 +272,14 @@ def sha256(data: bytes | str) -> str:
 
 
 def row_hash(row: dict) -> str:
-    """12 hex digits of a row's normalised context, prompt or text, to find train rows among test rows."""
-    return sha256(normalise(next((row[key] for key in ("context", "prompt", "text") if key in row), "")))[:12]
+    """12 hex digits of a row's normalised context, prompt or text, to compare data sets."""
+    texts = [row[key] for key in ("context", "prompt", "text") if key in row]
+    return sha256(normalise(texts[0] if texts else ""))[:12]
 
 
 def row_seed(seed: int, index: int, turn: int = 0) -> int:
-    """A row's own seed for a turn of asking, the same whatever rows are decoded beside it."""
+    """The seed of a row and a turn of asking, whatever other rows are decoded with it."""
     return int(sha256(f"{seed}-{index}" + (f"-{turn}" if turn else ""))[:15], 16)
-
-
-EMBEDDED = "smollm2"
 
 
 def seal(staging: Path, final: Path) -> None:
@@ -286,11 +291,11 @@ def seal(staging: Path, final: Path) -> None:
         sizes[str(path.relative_to(staging))] = path.stat().st_size
     atomic_write(staging / "COMPLETE.json", json.dumps({"files": sizes}, indent=1))
     os.replace(staging, final)
-    sync_folder(final.parent)
+    _sync_folder(final.parent)
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a checkpoint lacks against its completeness marker; empty if it is whole."""
+    """The files that a checkpoint lacks, or that have another size than when it was sealed."""
     marker = folder / "COMPLETE.json"
     if not marker.is_file():
         return ["COMPLETE.json"]
@@ -298,18 +303,19 @@ def missing_files(folder: Path) -> list[str]:
         sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError):
         return ["a readable COMPLETE.json"]
-    return [name for name, size in sizes.items()
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    present = {str(p.relative_to(folder)): p.stat().st_size for p in files}
+    return [name for name, size in sizes.items() if present.get(name) != size]
 
 
 def checkpoints_in(run_dir: Path) -> list[Path]:
     """The check_N folders of a run, newest first, whole or not."""
-    found = [p for p in run_dir.glob("check_*") if p.name[6:].isdecimal()]
-    return sorted(found, key=lambda p: int(p.name[6:]), reverse=True)
+    folders = [p for p in run_dir.glob("check_*") if p.name[6:].isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name[6:]), reverse=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole check_N of a run; incomplete ones are named and passed over, never deleted."""
+    """The newest whole check_N of a run; incomplete ones are named and skipped, never deleted."""
     for folder in checkpoints_in(run_dir):
         missing = missing_files(folder)
         if not missing:
@@ -318,9 +324,27 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def read_run(name: str | None) -> dict:
+    """run.json of a checkpoint folder; for any other model name, that of an untrained base."""
+    return _read_object(Path(name or "") / "run.json") or {"method": "base", "args": {}}
+
+
+def made_by(outs_file: str | Path) -> dict:
+    """outs/X.json, which says how outs/X.jsonl was made; {} where it is not there."""
+    return _read_object(Path(outs_file).with_suffix(".json"))
+
+
+def _read_object(path: Path) -> dict:
+    """A file with one JSON object; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        fail(USAGE, f"{path} is not JSON: {error}", "restore it, or make it again")
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    from importlib.metadata import version
-
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
