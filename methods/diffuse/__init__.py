@@ -22,8 +22,3 @@ Differences from the paper's code:
 - Everything is seeded, and files are taken in the order of their names; the order of prompts is drawn every pass.
 - `load_model` starts from `ckpt_dir`; sampling needs `--mode`, and draws as many as asked (the code drops a remainder).
 """
-
-from methods.diffuse.flags import *  # noqa: F403
-from methods.diffuse.inference import *  # noqa: F403
-from methods.diffuse.prompts import *  # noqa: F403
-from methods.diffuse.training import *  # noqa: F403

@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 import utils
-from flags import add_alias
+from flags import FlagParser, add_alias, non_negative, positive_int
+from utils import USAGE, fail, info
 
-DEFAULTS = dict(  # as published
-    learning_rate=5e-5, adam_epsilon=1e-5, weight_decay=0.01, max_grad_norm=1.0, num_train_epochs=50, max_steps=-1,
-    lora_r=4, lora_alpha=8.0, lora_dropout=0.0,
-    lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+PUBLISHED = dict(
+    learning_rate=5e-5, adam_epsilon=1e-5, weight_decay=0.01, max_grad_norm=1.0,
+    num_train_epochs=50, max_steps=-1, lora_r=4, lora_alpha=8.0, lora_dropout=0.0,
+    lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                         "down_proj"])
 
 
-def add_args(group) -> None:
-    group.set_defaults(**DEFAULTS)
-    add_alias(group, "model_name", "--model")
-    add_alias(group, "num_train_epochs", "--n_iters")
-    add_alias(group, "train_file", "--train_prompts", nargs="+", help="prompt files, or folders with *.json")
+def add_train_args(parser: FlagParser) -> None:
+    """Prompt files, early stopping, and sampling after training."""
+    parser.set_defaults(**PUBLISHED)
+    add_alias(parser, "model_name", "--model")
+    add_alias(parser, "num_train_epochs", "--n_iters")
+    add_alias(parser, "train_file", "--train_prompts", nargs="+",
+              help="prompt files, or folders with *.json")
+    group = parser.add_argument_group("method diffuse")
     add_prompt_args(group)
-    group.add_argument("--batch_size", type=int, help="targets computed at a time; bounds memory, not the result (default: all)")
-    group.add_argument("--max_batch_tokens", type=int, default=4096,
-                       help="tokens computed at a time; bounds memory, not the result (default: %(default)s)")
+    group.add_argument("--batch_size", type=positive_int,
+                       help="targets computed at a time; bounds memory, not the result "
+                            "(default: all)")
+    group.add_argument("--max_batch_tokens", type=positive_int, default=4096,
+                       help="tokens computed at a time; bounds memory, not the result "
+                            "(default: %(default)s)")
     group.add_argument("--early_stop", action="store_true",
-                       help="stop when every prompt's loss is at most (1 + gamma) times the entropy of its targets")
-    group.add_argument("--gamma", type=float, default=0.2, help="see --early_stop (default: %(default)s)")
-    group.add_argument("--load_model", action="store_true", help="start from the adapter in --ckpt_dir")
-    group.add_argument("--ckpt_dir", metavar="FOLDER", help="check_N folder, or a run's folder: its newest checkpoint")
-    group.add_argument("--generate", action="store_true", help="sample all prompts after training, as infer.py --mode lora does")
-    group.add_argument("--n_generations", type=int, default=1000, help="with --generate: replies per prompt (default: %(default)s)")
-    group.add_argument("--max_new_tokens", type=int, default=50, help="with --generate: tokens per reply at most (default: %(default)s)")
+                       help="stop when every prompt's loss is at most (1 + gamma) times the "
+                            "entropy of its targets")
+    group.add_argument("--gamma", type=non_negative, default=0.2,
+                       help="see --early_stop (default: %(default)s)")
+    group.add_argument("--load_model", action="store_true",
+                       help="start from the adapter in --ckpt_dir")
+    group.add_argument("--ckpt_dir", metavar="FOLDER",
+                       help="check_N folder, or a run's folder: its newest checkpoint")
+    group.add_argument("--generate", action="store_true",
+                       help="sample all prompts after training, as infer.py --mode lora does")
+    group.add_argument("--n_generations", type=positive_int, default=1000,
+                       help="with --generate: replies per prompt (default: %(default)s)")
+    group.add_argument("--max_new_tokens", type=positive_int, default=50,
+                       help="with --generate: tokens per reply at most (default: %(default)s)")
+    parser.derive(name_run)
+    parser.derive(lambda args: {"draw_after": args.generate})
 
 
 def add_prompt_args(group) -> None:
-    """The flags of train.py and infer.py that say which prompts, and those of sampling."""
-    group.add_argument("--test_prompts", nargs="+", default=[], help="prompts to sample that are not trained on")
-    group.add_argument("--leave_out", metavar="TASK", help="train on the other tasks (folders) and test on this one")
-    group.add_argument("--leave_in", metavar="TASK", help="train on this task (folder) alone")
+    """The flags of train.py and infer.py that say which prompts are trained on."""
+    group.add_argument("--test_prompts", nargs="+", default=[],
+                       help="prompts to sample that are not trained on")
+    group.add_argument("--leave_out", metavar="TASK",
+                       help="train on the other tasks (folders) and test on this one")
+    group.add_argument("--leave_in", metavar="TASK",
+                       help="train on this task (folder) alone")
+
+
+def name_run(args) -> dict:
+    """The run's folder: --exp_name and which task was left out or in, so that both can be kept."""
+    if args.leave_out:
+        return {"run_name": f"{args.exp_name}_without_{args.leave_out}"}
+    return {"run_name": f"{args.exp_name}_only_{args.leave_in}" if args.leave_in else args.exp_name}
+
+
+def check_tasks(args) -> None:
+    """Exit over both ways to choose a task at once."""
+    if args.leave_out and args.leave_in:
+        fail(USAGE, "--leave_out and --leave_in exclude each other", "give one of them")
+
+
+def check_train(args) -> None:
+    """Exit over a task or an adapter to start from that is not clear."""
+    check_tasks(args)
+    if args.load_model and not args.ckpt_dir:
+        fail(USAGE, "--load_model needs --ckpt_dir", "name the adapter to start from")
+    if args.ckpt_dir and not args.load_model:
+        info("--ckpt_dir is read with --load_model only; training starts from a new adapter")
 
 
 def add_infer_args(parser) -> None:

@@ -27,9 +27,5 @@ Differences from the paper's code:
 - Nothing penalised gives an unlikelihood of 0, not nan; rows with fewer replies than asked are used.
 - `--ul_words distinct` leaves alone the words that the right reply and the context share with a wrong reply:
   unlearning the topic that all replies have costs coherence (README).
-- A number without unlikelihood (`--no_ul --number`) and unlikelihood's reverse can be measured.
+- A number without unlikelihood (`--no_ul --numbered_prompts`) and unlikelihood's reverse can be measured.
 """
-
-from methods.possibility.flags import *  # noqa: F403
-from methods.possibility.inference import *  # noqa: F403
-from methods.possibility.training import *  # noqa: F403
