@@ -1,0 +1,80 @@
+"""Where the responses under evaluation come from: their files, what produced them, their models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from modeling.checkpoints import load_checkpoint
+from modeling.embedder import load_embedder
+from utils import EMBEDDED
+
+
+class NoModel(Exception):
+    """The model that drew a file's responses cannot be asked; the text says why."""
+
+
+class Sources:
+    """The files of the systems under evaluation, by the systems' names.
+
+    Beside a file outs/X.jsonl lies outs/X.json, which infer.py writes: its settings, the run.json
+    of the checkpoint that it used, and its speed. Files from elsewhere may lack it.
+    """
+
+    def __init__(self, files: Mapping[str, str | Path]):
+        self.files = {name: Path(file) for name, file in files.items()}
+        self.summaries = {name: _read_summary(file) for name, file in self.files.items()}
+
+    def summary(self, name: str) -> dict:
+        """All of outs/X.json; empty where it is not there."""
+        return self.summaries[name]
+
+    def settings(self, name: str) -> dict | None:
+        """The settings that a system's responses were drawn with; None where they are unknown."""
+        return self.summaries[name].get("settings")
+
+    def run(self, name: str) -> dict | None:
+        """The run.json of the checkpoint that drew a system's responses; None if unknown."""
+        return self.summaries[name].get("run")
+
+    def model(self, name: str) -> tuple:
+        """(model, tokenizer, run) of the model that drew a system's responses, loaded anew.
+
+        Raises NoModel where the model is unknown or behind a server, is not there any more, or has
+        other weights than those that drew the responses: its figures would be of another model.
+        """
+        settings = self.settings(name)
+        if settings is None:
+            beside = self.files[name].with_suffix(".json")
+            raise NoModel(f"{beside} does not say which model drew the responses")
+        if settings["engine"] != "hf":
+            raise NoModel("the responses come from a server, which does not show its model")
+        checkpoint = settings["model_name_or_path"]
+        if _is_path(checkpoint) and not Path(checkpoint).is_dir():
+            raise NoModel(f"{checkpoint} is not there")
+        model, tokenizer, run = load_checkpoint(
+            checkpoint, chat_template=settings.get("chat_template"))
+        if run["weights"] != settings["weights"]:
+            raise NoModel(f"{checkpoint} has changed since the responses were drawn")
+        return model, tokenizer, run
+
+    @cached_property
+    def embedder(self):
+        """The sentence embedder, which remembers every text that it has seen."""
+        return load_embedder()
+
+
+def _read_summary(file: Path) -> dict:
+    """What outs/X.json holds; nothing where it is not there or is no object."""
+    try:
+        summary = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _is_path(checkpoint: str) -> bool:
+    """Whether a model's name can only be a folder: a hub id has one slash, and none at its end."""
+    return checkpoint != EMBEDDED and (checkpoint.count("/") != 1 or checkpoint.endswith("/"))
