@@ -1,8 +1,9 @@
-"""What the script asks in an interview."""
+"""What is asked in an interview: topics, and the wordings that the script chooses from."""
 
 from __future__ import annotations
 
-TOPICS = ("age", "country", "occupation", "education", "gender")
+TOPICS = (  # gender comes last, as published; the others in an order of each interview's own
+    "age", "country", "occupation", "education", "gender")
 OPENINGS = (
     "Hello, and thank you for taking the time.",
     "Hi there! I talk to strangers for a radio show, and today it is your turn.",
@@ -53,12 +54,19 @@ QUESTIONS = {
         "Before we part, how would you name your gender?",
     ),
 }
-AGAIN = {
-    "age": ("A rough number is enough: how many years old?", "Just the number, please: what is your age?"),
+FOLLOW_UPS = {  # where an answer said nothing of the topic
+    "age": ("A rough number is enough: how many years old?",
+            "Just the number, please: what is your age?"),
     "country": ("I meant the country. What is its name?", "Could you name the country for me?"),
     "occupation": ("So what is your profession called?", "What is the name of your job?"),
-    "education": ("And which degree or school certificate is that?", "What was the last school that you finished?"),
+    "education": ("And which degree or school certificate is that?",
+                  "What was the last school that you finished?"),
     "gender": ("Would you say woman, man, or another word?", "In one word, which gender is that?"),
 }
-SOUGHT = {"age": "how old Person B is", "country": "which country Person B lives in", "occupation": "what Person B does for a living",
-          "education": "Person B's highest level of education", "gender": "how Person B describes their gender"}
+SOUGHT = {  # what a model that asks is told to find out
+    "age": "how old Person B is",
+    "country": "which country Person B lives in",
+    "occupation": "what Person B does for a living",
+    "education": "Person B's highest level of education",
+    "gender": "how Person B describes their gender",
+}
