@@ -1,147 +1,311 @@
-"""Who answers a message: a model of this machine, or an OpenAI-compatible server.
+"""Who answers a message: a model of this machine (Local) or one behind a server (Server).
 
-Both have `ask(messages, seeds, number, max_new_tokens, temperature)`: `number` replies to each user message,
-each message with a seed of its own, temperature 0 for the most probable reply. A list may be short where a
-server gave up on a reply; the caller counts that. To a server a message may also be a list of turns.
+Both kinds have
+
+    ask(messages, seeds, n, max_new_tokens, temperature, **fields) -> Iterator[Asked]
+    count_tokens(message) -> int | None     None: a server does not tell
+    figures() -> dict                       what a summary should say of the work so far
+    name, run                               such as hf:smollm2; the model's run.json
+    limit, failed                           positions of the model or None; see below
+
+A message is a user's text, or a list of turns ({"role": ..., "content": ...}). Each message is
+asked for n replies with a seed of its own (seeds None: a server is sent none); temperature 0 takes
+the most probable reply. fields: such as response_format, which a server gets and a local model
+ignores. `ask` is lazy and yields in the order in which messages finish, so that callers can write
+each result down at once. Asked.replies is shorter than n only where Asked.failure says why;
+`failed` counts these failures by what happened.
+
+Retries, deadlines and redaction are api.py's; that a server which fails again and again stops the
+run is decided here. Both raise api.RunStopped, which the caller turns into an exit code and a way
+out.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from tqdm import tqdm
 
 import utils
-from decoding import api, beams, sampling
+from decoding import api, mixtures
+from decoding.api import CallFailed, RunStopped, Spec
 from decoding.replies import Reply
-from modeling.prompts import encode_prompt, end_of_turn
-from utils import fail, info
+from decoding.sampling import greedy, sample
+from modeling.checkpoints import load_checkpoint
+from modeling.prompts import encode_messages, encode_prompt, end_of_turn
+from trees import Tree, branch_prompts
+from utils import REFUSED, TRY_LATER, USAGE, fail, info
+
+MAX_FAILED_IN_A_ROW = 20  # calls; then it is the server, not the messages
+SERVER_FAULTS = ("timeout", "http_error")  # the other kinds are about a reply: the server works
+
+Message = str | list[dict]
+
+
+class Asked(NamedTuple):
+    """What became of messages[index]: its replies, and the last failure if there are fewer than n.
+
+    retries: repeated calls that it took.
+    """
+
+    index: int
+    replies: list[Reply]
+    failure: CallFailed | None = None
+    retries: int = 0
+
+
+def load_engine(spec: str | Spec, base_url: str | None = None, key_file: str | None = None,
+                max_connections: int = 8, timeout: float = 120.0, timeout_total: float = 600.0,
+                sampling: Mapping[str, float] | None = None, batch_size: int = 8,
+                force_base: bool = False, chat_template: str | None = None,
+                tolerant: bool = False) -> Local | Server:
+    """The engine of hf:MODEL, openai:MODEL or together:MODEL.
+
+    base_url to timeout_total and tolerant are a server's (see Server), batch_size to chat_template
+    a local model's. sampling: the filters of decoding.sampling.sample; a server takes top_p, top_k
+    and min_p of them.
+    """
+    spec = api.parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.provider != api.LOCAL:
+        return Server(spec, base_url, key_file, max_connections, timeout, timeout_total, sampling,
+                      tolerant)
+    if base_url:
+        fail(USAGE, f"--base_url {base_url} does nothing with the local model {spec.name}",
+             f"drop it, or ask openai:{spec.model}")
+    model, tokenizer, run = load_checkpoint(spec.model, force_base, chat_template)
+    return Local(model, tokenizer, run, sampling, batch_size, spec.name)
 
 
 class Local:
-    """A model of this machine; rows that ask together share a batch."""
+    """A model of this machine; messages that are asked together share a batch.
 
-    def __init__(self, model, tokenizer, sampling: dict, batch_size: int):
-        self.model, self.tokenizer, self.sampling, self.batch_size = model, tokenizer, sampling, batch_size
-        self.ends = tokenizer.pad_token_id, end_of_turn(tokenizer)
-        self.prefilled = Counter()  # prompt tokens computed, and what copied prompts would have cost
+    run: the run.json of its checkpoint, as load_checkpoint gives it. prefilled: prompt tokens that
+    were computed ("shared"), and what copied prompts would have cost ("copied").
+    """
 
-    def ask(self, messages: list[str], seeds: list[int], number: int, max_new_tokens: int,
-            temperature: float) -> list[list[Reply]]:
-        from trees import Tree, branch_prompts
+    def __init__(self, model, tokenizer, run: dict, sampling: Mapping[str, float] | None = None,
+                 batch_size: int = 8, name: str = "hf"):
+        self.model, self.tokenizer, self.run, self.name = model, tokenizer, run, name
+        self.sampling, self.batch_size = dict(sampling or {}), batch_size
+        self.limit = model.config.get_text_config().max_position_embeddings
+        self.pad_id, self.eos_id = tokenizer.pad_token_id, end_of_turn(tokenizer)
+        self.prefilled, self.failed = Counter(), Counter()
 
-        prompts = [encode_prompt(self.tokenizer, message) for message in messages]
-        forest = [Tree(branch_prompts([prompt] * number, list(range(number)))) for prompt in prompts]
-        replies = []
-        for start in range(0, len(forest), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            if temperature:
-                draw = self.draw("sample", forest[part], seeds[part], max_new_tokens, temperature=temperature, **self.sampling)
-            else:
-                draw = self.draw("greedy", forest[part], None, max_new_tokens)
-            replies += draw
-        return replies
+    def count_tokens(self, message: Message) -> int:
+        return len(self._encode(message))
 
-    def count_tokens(self, message: str) -> int:
-        return len(encode_prompt(self.tokenizer, message))
+    def figures(self) -> dict:
+        if not self.prefilled:
+            return {}
+        return {"prefill_tokens": self.prefilled["shared"],
+                "prefill_tokens_without_sharing": self.prefilled["copied"]}
 
-    def draw(self, how: str, forest: list, seeds: list[int] | None, max_new_tokens: int, **options) -> list[list[Reply]]:
-        """Replies [tree][response] by a function of decoding.py; when memory runs out, of the forest's halves.
+    def ask(self, messages: list[Message], seeds: list[int] | None, n: int, max_new_tokens: int,
+            temperature: float, response_format: dict | None = None) -> Iterator[Asked]:
+        """See the module. A message that does not fit beside its reply fails, and is not cut.
 
-        Raises what it got where even a single tree does not fit.
+        response_format is not enforced; callers read replies as if there were none.
         """
+        prompts = [self._encode(message) for message in messages]
+        room, fitting = self.limit - max_new_tokens, []
+        for i, prompt in enumerate(prompts):
+            if len(prompt) <= room:
+                fitting.append(i)
+                continue
+            what = f"the request has {len(prompt)} tokens, {max(0, room)} fit beside the new ones"
+            self.failed[what] += 1
+            yield Asked(i, [], CallFailed(what, transient=False))
+        for start in range(0, len(fitting), self.batch_size):
+            block = fitting[start : start + self.batch_size]
+            forest = [Tree(branch_prompts([prompts[i]] * n, list(range(n)))) for i in block]
+            if temperature:
+                drawn = self.draw(sample, forest, [seeds[i] for i in block], max_new_tokens,
+                                  temperature=temperature, **self.sampling)
+            else:
+                drawn = self.draw(greedy, forest, None, max_new_tokens)
+            for i, replies in zip(block, drawn, strict=True):
+                yield Asked(i, [reply._replace(total_tokens=len(prompts[i]) + reply.tokens)
+                                for reply in replies])
 
-        if seeds is not None:
-            options["seeds"] = seeds
+    def draw(self, function: Callable, forest: list[Tree], seeds: list[int] | None,
+             max_new_tokens: int, **options) -> list[list[Reply]]:
+        """Replies [tree][response] by a function of decoding/sampling.py or decoding/beams.py.
+
+        On out-of-memory the forest is split in two and tried again, with the same seeds and so the
+        same replies; the error is raised if a single tree does not fit.
+        """
+        given = options if seeds is None else options | {"seeds": seeds}
         try:
-            drawn = getattr(beams if how in ("beam", "diverse") else sampling, how)(self.model, forest, pad_id=self.ends[0], eos_id=self.ends[1],
-                                           max_new_tokens=max_new_tokens, **options)
+            drawn = function(self.model, forest, pad_id=self.pad_id, eos_id=self.eos_id,
+                             max_new_tokens=max_new_tokens, **given)
         except Exception as error:
-            if not utils.is_out_of_memory(error):
-                raise
-            if len(forest) == 1:
+            if not utils.is_out_of_memory(error) or len(forest) == 1:
                 raise
         else:
-            self.count_prefill(forest, options)
-            return [[Reply(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), len(ids) >= max_new_tokens)
-                     for ids in row] for row in drawn]
+            self._count_prefill(forest, options)
+            return [[self._reply(ids, max_new_tokens) for ids in row] for row in drawn]
+        # outside the except block: the error holds on to the tensors of the failed try
         half = len(forest) // 2
         info(f"out of memory with {len(forest)} rows, trying {half} (same seeds)")
-        halves = (forest[:half], seeds and seeds[:half]), (forest[half:], seeds and seeds[half:])
-        options.pop("seeds", None)
-        return [replies for part, own in halves for replies in self.draw(how, part, own, max_new_tokens, **options)]
+        parts = [(forest[:half], seeds and seeds[:half]), (forest[half:], seeds and seeds[half:])]
+        return [replies for part, part_seeds in parts
+                for replies in self.draw(function, part, part_seeds, max_new_tokens, **options)]
 
-    def count_prefill(self, forest: list, options: dict) -> None:
-        for tree in [*forest, *(tree.twin for tree in forest if tree.twin)]:
+    def _encode(self, message: Message) -> list[int]:
+        encode = encode_prompt if isinstance(message, str) else encode_messages
+        return encode(self.tokenizer, message)
+
+    def _reply(self, ids: list[int], max_new_tokens: int) -> Reply:
+        text, cut = self.tokenizer.decode(ids, skip_special_tokens=True), len(ids) >= max_new_tokens
+        return Reply(text, len(ids), cut, "length" if cut else "stop")
+
+    def _count_prefill(self, forest: list[Tree], options: dict) -> None:
+        uncond = [tree.uncond for tree in forest if isinstance(tree, mixtures.GuidedTree)]
+        for tree in [*forest, *uncond]:
             ends = [len(child.input_ids) for child in tree.root.children]
-            sequences = max(len(ends), options.get("num_beams", 1))
-            self.prefilled["shared"] += len(tree.root.input_ids) + sum(ends) * sequences // len(ends)
-            self.prefilled["copied"] += (len(tree.root.input_ids) * len(ends) + sum(ends)) * sequences // len(ends)
+            sequences = max(len(ends), options.get("num_beams", 1))  # beams repeat the branches
+            root, branches = len(tree.root.input_ids), len(ends)
+            self.prefilled["shared"] += root + sum(ends) * sequences // branches
+            self.prefilled["copied"] += (root * branches + sum(ends)) * sequences // branches
 
 
 class Server:
-    """An OpenAI-compatible server; several replies in one call where it honours `n`, else one by one."""
+    """A model behind a server; several replies in one call where it honours `n`, else one by one.
 
-    def __init__(self, base_url: str, model: str, max_connections: int, timeout: float, timeout_total: float, sampling: dict):
+    Constructing it reads the key and fails without one where the provider needs it; nothing is
+    sent. max_connections: calls at a time. timeout: seconds without a byte. timeout_total: seconds
+    for a call with its repeats. tolerant: the caller copes with a message without an answer, or
+    asks it again in a later run; else a transient failure stops the run at once, since a row that
+    is written stays as it is. max_failed: failed calls in a row that stop the run in any case.
+    retries: repeated calls by what went wrong. served: the model's names as the server gives them.
+    """
 
-        self.client, self.url, self.model = api.connect(base_url, timeout), base_url, model
-        self.max_connections, self.timeout_total = max_connections, timeout_total
-        self.options = {name: sampling[name] for name in ("top_p",) if sampling[name] != 1.0}
-        extra = {name: sampling[name] for name in ("top_k", "min_p") if sampling[name]}
-        self.options |= {"extra_body": extra} if extra else {}
-        self.takes_n, self.retries, self.served, self.failed = True, Counter(), set(), Counter()
+    limit = None
 
-    def ask(self, messages: list[str], seeds: list[int], number: int, max_new_tokens: int,
-            temperature: float) -> list[list[Reply]]:
+    def __init__(self, spec: Spec, base_url: str | None = None, key_file: str | None = None,
+                 max_connections: int = 8, timeout: float = 120.0, timeout_total: float = 600.0,
+                 sampling: Mapping[str, float] | None = None, tolerant: bool = False,
+                 max_backoff: float = 60.0, max_failed: int = MAX_FAILED_IN_A_ROW,
+                 way_out: str = "export it, or name a local server with --base_url"):
+        self.client = api.connect(spec.provider, base_url, timeout, key_file, way_out)
+        self.name, self.model = spec.name, spec.model
+        self.url = api.normalise_url(base_url or api.PROVIDERS[spec.provider][0])
+        self.run = {"method": "base", "base_model": spec.model, "weights": None, "args": {}}
+        self.sampling, self.max_connections = dict(sampling or {}), max_connections
+        self.timeout_total, self.max_backoff = timeout_total, max_backoff
+        self.tolerant, self.max_failed = tolerant, max_failed
+        self.retries, self.failed, self.served = Counter(), Counter(), set()
+        self._takes_n, self._failed_in_a_row, self._has_answered = True, 0, False
+        self._lock = threading.Lock()  # callers may ask from several threads
 
-        found: list[list[Reply]] = [[] for _ in messages]
+    def count_tokens(self, message: Message) -> None:
+        """None: only the server knows its tokenizer."""
 
-        def ask_all(jobs: list[tuple[int, int]], wanted: int) -> None:  # (message, how many replies are before)
-            def one(job):
-                i, before = job
-                return i, self.call(messages[i], seeds[i] + before, wanted, max_new_tokens, temperature)
+    def figures(self) -> dict:
+        return {"served_models": sorted(self.served), "retries": dict(self.retries)}
 
-            for i, replies in api.work(one, jobs, self.max_connections):
-                found[i] += replies[:wanted]
+    def ask(self, messages: list[Message], seeds: list[int] | None, n: int, max_new_tokens: int,
+            temperature: float, **fields) -> Iterator[Asked]:
+        """See the module. fields: of the request, over those that `sampling` gives."""
+        fields = {"temperature": temperature, **self._filters(temperature), **fields}
 
-        try:
-            if self.takes_n and number > 1:
-                ask_all([(i, 0) for i in range(len(messages))], number)
-            missing = [(i, k) for i, replies in enumerate(found) for k in range(len(replies), number)]
-            if missing and number > 1 and self.takes_n:
-                self.takes_n = False
+        def calls(jobs: list[tuple[int, int]], wanted: int) -> Iterator[tuple[int, Asked]]:
+            """One call a job (a message, how many of its replies come before): (before, Asked)."""
+
+            def call(job: tuple[int, int]) -> tuple[int, Asked]:
+                index, before = job
+                request = fields | ({"n": wanted} if wanted > 1 else {})
+                if seeds is not None:
+                    request["seed"] = (seeds[index] + before) % 2**31
+                asked = self._call(index, messages[index], max_new_tokens, request)
+                return before, asked._replace(replies=asked.replies[:wanted])
+
+            threads = max(1, min(self.max_connections, len(jobs)))
+            for before, asked in api.work(call, jobs, threads):
+                yield before, asked
+                self._stop_if_down(asked.failure)
+
+        known: dict[int, list[Reply]] = {i: [] for i in range(len(messages))}
+        if self._takes_n and n > 1:
+            for _, asked in calls([(i, 0) for i in known], n):
+                known[asked.index] = asked.replies
+                if len(asked.replies) == n or (asked.failure and asked.failure.transient):
+                    del known[asked.index]
+                    yield asked
+            if known:
+                self._takes_n = False
                 info(f"{self.url} gives one reply a call (no n); each reply is a call of its own")
-            ask_all(missing, 1)
-        except api.Stopped as error:
-            code, what = error.args
-            fail(code, f"{self.url}: {what}", "finished rows are kept; the same command with --resume goes on")
-        return found
+        slots = {i: dict(enumerate(replies)) for i, replies in known.items()}
+        jobs = [(i, k) for i, replies in known.items() for k in range(len(replies), n)]
+        last, left = {}, Counter(i for i, _ in jobs)
+        for k, asked in calls(jobs, 1):
+            i, before = asked.index, last.get(asked.index, asked)
+            slots[i].update((k, reply) for reply in asked.replies)
+            last[i] = asked._replace(failure=asked.failure or before.failure)
+            left[i] -= 1
+            if not left[i]:  # in the order of the seeds, whichever call ended first
+                yield last[i]._replace(replies=[slots[i][k] for k in sorted(slots[i])])
 
-    def call(self, message: str | list[dict], seed: int, number: int, max_new_tokens: int, temperature: float) -> list[Reply]:
-        """One call; [] where the server refuses this very message, and Stopped(75) where it answers badly again and again."""
+    def _filters(self, temperature: float) -> dict:
+        """The request's fields for the filters that are on."""
+        fields, top_p = {}, self.sampling.get("top_p", 1.0)
+        if top_p != 1.0 and temperature:
+            fields["top_p"] = top_p
+        # not of OpenAI's, but compatible servers know them
+        extra = {key: self.sampling[key] for key in ("top_k", "min_p") if self.sampling.get(key)}
+        return fields | ({"extra_body": extra} if extra else {})
 
-        options = {"temperature": temperature, "seed": seed % 2**31, **self.options, **({"n": number} if number > 1 else {})}
-        if not temperature:
-            options.pop("top_p", None)
-        turns = message if isinstance(message, list) else [{"role": "user", "content": message}]
+    def _call(self, index: int, message: Message, max_new_tokens: int, request: dict) -> Asked:
+        """One call with its repeats."""
+        turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
+        waits: list[float] = []
+
+        def on_retry(what: str, wait: float) -> None:
+            waits.append(wait)
+            self._tell(what, wait)
+
         try:
-            answers = api.retrying(
-                lambda: api.choices(self.client, self.model, turns, max_new_tokens, **options),
-                time.monotonic() + self.timeout_total, on_retry=self.tell)
-        except api.Failed as error:
-            what, may_pass = error.args
-            if may_pass:
-                raise api.Stopped(75, what) from None
-            if number == 1:
-                self.failed[what] += 1
-            return []
-        self.served.update(answer.served_model for answer in answers)
-        return [Reply(answer.text, answer.new_tokens, answer.finish_reason == "length") for answer in answers]
+            replies = api.retrying(
+                lambda: api.complete(self.client, self.model, turns, max_new_tokens, **request),
+                time.monotonic() + self.timeout_total, self.max_backoff, on_retry)
+        except CallFailed as failure:
+            if failure.transient and not self.tolerant:
+                raise self._stop(TRY_LATER, failure.what) from failure
+            with self._lock:
+                self.failed[failure.what] += "n" not in request  # else it is tried without n
+            return Asked(index, [], failure, len(waits))
+        except RunStopped as stop:
+            raise self._stop(stop.code, stop.what) from stop
+        self.served.update(reply.served_model for reply in replies)
+        return Asked(index, replies, None, len(waits))
 
-    def tell(self, what: str, wait: float) -> None:
-        from tqdm import tqdm
+    def _stop_if_down(self, failure: CallFailed | None) -> None:
+        """Raise RunStopped when max_failed calls in a row have failed: it is not the messages.
 
+        Refused calls may be the messages' own fault, unless no call has ever been answered.
+        """
+        with self._lock:
+            if failure is None or failure.kind not in SERVER_FAULTS:
+                self._failed_in_a_row, self._has_answered = 0, True
+                return
+            self._failed_in_a_row += 1
+            count = self._failed_in_a_row
+        if count >= self.max_failed and (failure.transient or not self._has_answered):
+            code = TRY_LATER if failure.transient else REFUSED
+            raise self._stop(code, f"{count} calls failed in a row: {failure.what}")
+
+    def _stop(self, code: int, what: str) -> RunStopped:
+        return RunStopped(code, f"{self.name} at {self.url}: {what}")
+
+    def _tell(self, what: str, wait: float) -> None:
         kind = what.split(":")[0]
-        if not self.retries[kind]:  # each kind once; the summary has the counts
+        with self._lock:
+            self.retries[kind] += 1
+            first = self.retries[kind] == 1  # each kind is told once; the summary has the counts
+        if first:
             tqdm.write(f"note: {self.url}: {what}; trying again in {wait:.1f} s", file=sys.stderr)
-        self.retries[kind] += 1
