@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 from modeling.checkpoints import load_checkpoint
 from modeling.embedder import load_embedder
-from utils import EMBEDDED
+from utils import EMBEDDED, made_by
 
 
 class NoModel(Exception):
@@ -25,7 +24,7 @@ class Sources:
 
     def __init__(self, files: Mapping[str, str | Path]):
         self.files = {name: Path(file) for name, file in files.items()}
-        self.summaries = {name: _read_summary(file) for name, file in self.files.items()}
+        self.summaries = {name: made_by(file) for name, file in self.files.items()}
 
     def summary(self, name: str) -> dict:
         """All of outs/X.json; empty where it is not there."""
@@ -64,15 +63,6 @@ class Sources:
     def embedder(self):
         """The sentence embedder, which remembers every text that it has seen."""
         return load_embedder()
-
-
-def _read_summary(file: Path) -> dict:
-    """What outs/X.json holds; nothing where it is not there or is no object."""
-    try:
-        summary = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _is_path(checkpoint: str) -> bool:
