@@ -32,7 +32,7 @@ def write(save_file: Path, result: Evaluated, page: str,
 
 
 def _beside(base: Path, suffix: str) -> Path:
-    return base.with_name(base.name + suffix)
+    return Path(f"{base}{suffix}")  # a suffix may hold a folder, _plots/a.png
 
 
 def _jsonl(lines: list[dict]) -> str:
