@@ -103,8 +103,8 @@ class FlagParser(argparse.ArgumentParser):
 # ---- kinds of values ----------------------------------------------------------------------------
 
 
-def _number(kind: type, accepts: Callable[[float], bool], rule: str) -> Callable[[str], float]:
-    """An argparse type: a number that must hold to a rule."""
+def number(kind: type, accepts: Callable[[float], bool], rule: str) -> Callable[[str], float]:
+    """An argparse type: a number for which accepts(value) holds; rule says so in words."""
 
     def convert(text: str) -> float:
         try:
@@ -120,11 +120,11 @@ def _number(kind: type, accepts: Callable[[float], bool], rule: str) -> Callable
     return convert
 
 
-positive_int = _number(int, lambda value: value >= 1, "must be at least 1")
-natural = _number(int, lambda value: value >= 0, "must be at least 0")
-positive = _number(float, lambda value: 0 < value < math.inf, "must be above 0")
-non_negative = _number(float, lambda value: 0 <= value < math.inf, "must be at least 0")
-share = _number(float, lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
+positive_int = number(int, lambda value: value >= 1, "must be at least 1")
+natural = number(int, lambda value: value >= 0, "must be at least 0")
+positive = number(float, lambda value: 0 < value < math.inf, "must be above 0")
+non_negative = number(float, lambda value: 0 <= value < math.inf, "must be at least 0")
+share = number(float, lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
 
 
 # ---- flags that several parsers have ------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
+import utils
 from modeling.adapters import resolve_lora
+from utils import USAGE, fail
 
 # ---- training -----------------------------------------------------------------------------------
 
@@ -56,3 +59,36 @@ def save_adapter(model, folder: str, state_dict: dict | None = None) -> None:
     state_dict: the weights gathered by FSDP, if the model itself holds only a share of them.
     """
     model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+
+
+# ---- inference ----------------------------------------------------------------------------------
+
+
+def same_method(args, run: dict) -> None:
+    """Exit if the model was trained with another method than the one that is asked for."""
+    if args.method != run["method"]:
+        fail(USAGE, f"--method {args.method}, but {args.model_name_or_path} is a {run['method']} "
+                    "model", f"drop --method, or pass --method {run['method']}")
+
+
+def read_rows(args, run: dict) -> list[dict]:
+    """load_rows: the first rows of --test_file, with context or prompt."""
+    rows = utils.read_jsonl(args.test_file, lambda row: utils.check_row(row, candidates=False))
+    return rows[: args.limit]
+
+
+def rows_as_they_are(engine, rows: list[dict], args) -> list[dict]:
+    """prepare_rows of a method that needs the model for nothing but its responses."""
+    return rows
+
+
+def next_is_eval(save_file: Path, summary: dict, args) -> None:
+    """finish: say what scores the responses."""
+    print(f"next: python eval.py --eval_file {save_file} "
+          f"--save_file eval_logs/{save_file.stem}.json")
+
+
+def no_talk(engine, args) -> None:
+    """talk of a method that has no chat."""
+    fail(USAGE, f"--interactive does not work with method {args.method}",
+         "it talks to a persona of method spt")

@@ -1,51 +1,73 @@
-"""Answering messages with a delia model."""
+"""Answering messages with a delia or an untuned model, and drawing the cache of diverse rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import utils
+from methods import defaults
+from methods.delia import self_sampling
 from methods.delia.messages import check_messages, context_of, encode
-from methods.delia.self_sampling import check_query, reanswer_messages
-from utils import USAGE, fail
+from trees import Tree, branch_prompts
 
 
-def decode_tree(row: dict, tokenizer, args):
+def resolve(args, run: dict) -> dict:
+    """The files: several are read, and self-sampling keeps its draws beside the cache.
+
+    An untuned model answers, too: it is the baseline, and the one that writes the cache.
+    """
+    if run["method"] != "base":
+        defaults.same_method(args, run)
+    files = {"test_files": args.test_file, "test_file": " ".join(args.test_file)}
+    if not args.self_sample:
+        return files
+    return files | {"save_file": str(Path(args.save_file).with_suffix(".draws.jsonl"))}
+
+
+def load_rows(args, run: dict) -> list[dict]:
+    """Messages to answer, or with --self_sample queries to answer again in the model's words."""
+    check = self_sampling.check_query if args.self_sample else check_messages
+    rows = [row for path in args.test_files for row in utils.read_jsonl(path, check)][: args.limit]
+    if not args.self_sample:
+        return [row | {"prompt": row["messages"][-2]["content"]} for row in rows]
+    return [{"prompt": row["query"], "answer": row["answer"],
+             "messages": self_sampling.reanswer_messages(row["query"], row["answer"])}
+            for row in rows]
+
+
+prepare_rows = defaults.rows_as_they_are
+
+
+def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     """The turns before the reply, once, with num_branches equal branches."""
-    from trees import Tree, branch_prompts
-
     prompt = encode(tokenizer, context_of(row))
     if len(prompt) > args.max_length - args.max_new_tokens:
         return None
-    return Tree(branch_prompts([prompt] * args.num_branches, list(range(1, args.num_branches + 1))))
+    numbers = list(range(1, args.num_branches + 1))
+    return Tree(branch_prompts([prompt] * args.num_branches, numbers))
 
 
-def decode_messages(row: dict, args) -> list[list[dict]]:
+def messages(row: dict, args) -> list[list[dict]]:
     """The same turns, for a server."""
     return [context_of(row)]
 
 
-def inference_rows(args) -> list[dict]:
-    """Messages to answer, or with --self_sample queries to answer again; settles files and whether the model is untuned."""
-    files, args.test_file = args.test_file, " ".join(args.test_file)
-    if args.engine == "hf" and not (Path(args.model_name_or_path) / "adapter_config.json").is_file():
-        args.mode = "untuned"
+clean = str.strip  # a reply may be code or JSON, so nothing inside it is touched
+
+
+def finish(save_file: Path, summary: dict, args) -> None:
+    """With --self_sample the cache is made of the draws."""
     if not args.self_sample:
-        rows = [row for path in files for row in utils.read_jsonl(path, check_messages)]
-        return [row | {"prompt": row["messages"][-2]["content"]} for row in rows[: args.limit]]
-    cache = Path(args.save_file)
-    if cache.suffix != ".jsonl":
-        fail(USAGE, f"--save_file {cache} must end in .jsonl", f"{cache.with_suffix('.jsonl')}")
-    if cache.exists() and not args.resume:
-        fail(USAGE, f"{cache} is already there", "--resume goes on with it; or give another --save_file")
-    args.save_file = str(cache.with_suffix(".draws.jsonl"))
-    rows = [row for path in files for row in utils.read_jsonl(path, check_query)]
-    return [{"prompt": row["query"], "answer": row["answer"], "messages": reanswer_messages(row["query"], row["answer"])}
-            for row in rows[: args.limit]]
+        return defaults.next_is_eval(save_file, summary, args)
+    self_sampling.write_cache(save_file, summary, summary["run"], args)
 
 
-def infer_flags(args, checkpoint: Path) -> list[str]:
+talk = defaults.no_talk
+
+
+def next_command(args, checkpoint: Path) -> list[str]:
     """The flags of infer.py that answer the test set with what was trained."""
-    return ["--method", "delia", "--model_name_or_path", f"{checkpoint}/", "--test_file", "data/delia/test.jsonl",
-            "data/delia/test_seen.jsonl", "--decoding", "greedy", "--max_new_tokens", "96",
+    return ["--method", "delia", "--model_name_or_path", f"{checkpoint}/",
+            "--test_file", "data/delia/test.jsonl", "data/delia/test_seen.jsonl",
+            "--decoding", "greedy", "--max_new_tokens", "96",
             "--save_file", f"outs/{args.exp_name}.jsonl"]

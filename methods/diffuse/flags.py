@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import utils
-from flags import FlagParser, add_alias, non_negative, positive_int
+from flags import (
+    SECTIONS,
+    FlagParser,
+    add_alias,
+    config_names,
+    non_negative,
+    optional,
+    positive_int,
+)
+from training.flags import add_training_args
 from utils import USAGE, fail, info
 
 PUBLISHED = dict(
@@ -79,22 +90,66 @@ def check_train(args) -> None:
         info("--ckpt_dir is read with --load_model only; training starts from a new adapter")
 
 
-def add_infer_args(parser) -> None:
-    """The flags that infer.py has for this method; a training config serves as it is, its other keys are ignored."""
-    import train
-
-    group = parser.add_argument_group("method diffuse")
+def add_infer_args(parser: FlagParser) -> None:
+    """Which prompts are sampled, from which model; a training config serves as it is."""
+    # the config's prompts and the run's name stand in for these
     for name in ("test_file", "save_file"):
-        next(a for a in parser._actions if a.dest == name).required = False
-    group.set_defaults(num_response_per_input=1000, max_new_tokens=50, batch_size=1, model_name_or_path=None)
-    add_alias(group, "num_response_per_input", "--n_generations")
-    group.add_argument("--mode", choices=["untuned", "lora"], help="the model as it is, or with what train.py made of it")
-    group.add_argument("--model", "--model_name", dest="model_name", default=utils.EMBEDDED, help="the untuned model (default: smollm2)")
-    group.add_argument("--train_prompts", "--train_file", dest="train_file", nargs="+", default=[], help="the prompts trained on")
+        optional(parser, name)
+    parser.set_defaults(num_response_per_input=1000, max_new_tokens=50, batch_size=1,
+                        model_name_or_path=None)
+    add_alias(parser, "num_response_per_input", "--n_generations")
+    group = parser.add_argument_group("method diffuse")
+    group.add_argument("--mode", choices=["untuned", "lora"],
+                       help="the model as it is, or with what train.py made of it "
+                            "(default: lora where --model_name_or_path names a checkpoint)")
+    group.add_argument("--model", "--model_name", dest="model_name", default=utils.EMBEDDED,
+                       help="the untuned model (default: smollm2)")
+    group.add_argument("--train_prompts", "--train_file", dest="train_file", nargs="+", default=[],
+                       help="the prompts trained on")
     add_prompt_args(group)
-    group.add_argument("--split", choices=["all", "train", "test"], default="all", help="which prompts are sampled (default: all)")
-    group.add_argument("--n_batch_size", type=int, default=100, help="replies drawn at a time under one prefill (default: 100)")
-    group.add_argument("--output_dir", default="checkpoints", help="where train.py put its runs (default: %(default)s)")
-    group.add_argument("--exp_name", default="diffuse", help="the run's folder; its newest checkpoint is used (default: %(default)s)")
-    known = train.build_parser("diffuse")
-    parser.ignored = {"alg_config", *(a.dest for a in known._actions)}
+    group.add_argument("--split", choices=["all", "train", "test"], default="all",
+                       help="which prompts are sampled (default: all)")
+    group.add_argument("--n_batch_size", type=positive_int, default=100,
+                       help="replies drawn at a time under one prefill (default: 100)")
+    group.add_argument("--output_dir", default="checkpoints",
+                       help="where train.py put its runs (default: %(default)s)")
+    group.add_argument("--exp_name", default="diffuse",
+                       help="the run's folder; its newest checkpoint is used "
+                            "(default: %(default)s)")
+    training = FlagParser(prog="train.py")
+    add_training_args(training, "diffuse")
+    add_train_args(training)
+    parser.ignored = {*SECTIONS, *config_names(training)}
+    parser.derive(name_run)
+    parser.derive(_resolve_model)
+
+
+def _resolve_model(args) -> dict:
+    """The model of the mode, the base model or the run's newest checkpoint, and the file to write.
+
+    Contradictions are kept as they are, for check_infer.
+    """
+    mode = args.mode or ("lora" if args.model_name_or_path else None)
+    model = args.model_name_or_path
+    if mode == "untuned" and not model:
+        model = args.model_name
+    elif mode == "lora" and not model:
+        model = utils.newest_checkpoint(Path(args.output_dir) / args.run_name)
+    save_file = args.save_file or f"outs/{args.run_name}_{mode}.jsonl"
+    return {"mode": mode, "model_name_or_path": model and str(model), "save_file": save_file}
+
+
+def check_infer(args) -> None:
+    """Exit over a model that is not named, or named twice."""
+    check_tasks(args)
+    if args.mode is None:
+        fail(USAGE, "--method diffuse needs --mode",
+             "untuned: the model as it is; lora: the checkpoint of the run")
+    if args.engine != "hf":
+        return
+    if args.mode == "untuned" and args.model_name_or_path != args.model_name:
+        fail(USAGE, "--mode untuned samples --model, not --model_name_or_path",
+             "give --model NAME, or --mode lora")
+    if args.model_name_or_path is None:
+        fail(USAGE, f"{Path(args.output_dir) / args.run_name} holds no whole checkpoint",
+             "train it with train.py, or give --model_name_or_path check_N")

@@ -70,3 +70,11 @@ def check_train(args) -> None:
     if args.method == "oto" and replies > 1:
         fail(USAGE, "--method oto learns one reply per context, "
                     f"--num_response_per_input is {replies}", "use --method otm")
+
+
+def add_infer_args(parser: FlagParser) -> None:
+    """No flags beside those of infer.py."""
+
+
+def check_infer(args) -> None:
+    """Nothing to check beside what infer.py checks."""

@@ -1,80 +1,89 @@
 """Talk to a model with a persona in the terminal: infer.py --method spt --interactive.
 
-You are Person A. Commands: exit (or Ctrl-D) leaves; clear forgets the dialogue and keeps the persona; r reads the persona file
-again and takes its next person, with a new dialogue; save appends persona and dialogue to --save_file. Anything else is said.
+You are Person A. Commands: exit (or Ctrl-D) leaves; clear forgets the dialogue and keeps the
+persona; r reads the persona file again and takes its next person, with a new dialogue; save appends
+persona and dialogue to --save_file. Anything else is what you say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import utils
 from methods.spt import personas
-from utils import USAGE, fail
 
-HELP = "exit: leave; clear: forget the dialogue; r: reload the persona, the file's next one; save: keep the dialogue"
+HELP = ("exit: leave; clear: forget the dialogue; r: reload the personas, take the next one; "
+        "save: keep the dialogue")
+Answer = Callable[[dict, int], tuple[dict, str, bool]]
 
 
-def main(args) -> None:
-    """The loop: a line is a command or Person A's turn; every reply is followed by the prompt that gave it and all scores."""
-    import infer
+def talk(answer: Answer, args, weights: str | None) -> None:
+    """The loop: a line is a command or Person A's turn.
 
-    if not args.test_file:
-        fail(USAGE, "--interactive takes its personas from --test_file", "such as data/spt/test.jsonl")
-    people = personas_in(personas.read(args.test_file))
+    answer(row, turn) gives the row with its soft prompts and scores, a reply, and whether the
+    oldest turns were dropped. Every reply is followed by the prompt that gave it and all scores.
+    """
+    people = _personas_in(personas.read(args.test_file))
     save_file = Path(args.save_file or f"outs/chat_{datetime.now():%Y-%m-%d-%H%M}.jsonl")
-    if args.prompts == "all" or args.num_response_per_input > 1:
-        fail(USAGE, "--interactive gives one reply at a time", "--prompts chosen, sampled or fused")
-    engine, run = infer.load_engine(args)
-    person, turns, used = 0, [], []
-    show(people[person])
+    person, asked = 0, 0
+    turns, prompts = [], []  # of this dialogue
+    _show(people[person])
     while True:
         try:
-            said = input("you: ").strip()
+            line = input("you: ").strip()
         except EOFError:
             print()
             return
-        if said == "exit":
+        if line == "exit":
             return
-        if said == "clear":
-            turns, used = [], []
+        if line == "clear":
+            turns, prompts = [], []
             print("(the dialogue is forgotten)")
-        elif said == "r":
-            people = personas_in(personas.read(args.test_file))
-            person, turns, used = (person + 1) % len(people), [], []
-            show(people[person])
-        elif said == "save":
-            if not turns:
-                print("(there is nothing to save yet)")
-                continue
-            save_file.parent.mkdir(parents=True, exist_ok=True)
-            utils.append_jsonl(save_file, [{"persona": people[person], "turns": turns, "prompts": used, "weights": run["weights"]}])
-            print(f"(saved to {save_file})")
-        elif said:
-            row = {"persona": people[person], "context": "\n".join([*turns, said])}
-            answer, truncated = infer.plan(engine, [row], args)
-            text = answer([0])[0]["texts"][0]
-            args.seed += 1  # the same words may be answered differently the next time
+        elif line == "r":
+            people = _personas_in(personas.read(args.test_file))
+            person, turns, prompts = (person + 1) % len(people), [], []
+            _show(people[person])
+        elif line == "save":
+            _save(save_file, {"persona": people[person], "turns": turns, "soft_prompts": prompts,
+                              "weights": weights})
+        elif line:
+            context = "\n".join([*turns, line])
+            row, text, dropped = answer({"persona": people[person], "context": context}, asked)
+            asked += 1
             if not text:
                 print("(no reply; say it differently)")
                 continue
-            turns += [said, text]
-            used += row["prompts"]
-            print(f"them: {text}\n[{describe(row, args)}{'; the oldest turns were dropped' if truncated else ''}]")
+            turns += [line, text]
+            prompts += row["soft_prompts"]
+            note = "; the oldest turns were dropped" if dropped else ""
+            print(f"them: {text}\n[{_describe(row, args.soft_prompt)}{note}]")
 
 
-def personas_in(rows: list[dict]) -> list[list[str]]:
+def _personas_in(rows: list[dict]) -> list[list[str]]:
     """The different personas of a file, in its order."""
-    return [list(p) for p in dict.fromkeys(tuple(row["persona"]) for row in rows)]
+    return [list(persona) for persona in dict.fromkeys(tuple(row["persona"]) for row in rows)]
 
 
-def show(persona: list[str]) -> None:
-    print("\n".join(["", "You talk to:", *(f"  {sentence}" for sentence in persona or ["(nobody in particular)"]), HELP]))
+def _save(save_file: Path, dialogue: dict) -> None:
+    if not dialogue["turns"]:
+        print("(there is nothing to save yet)")
+        return
+    save_file.parent.mkdir(parents=True, exist_ok=True)
+    utils.append_jsonl(save_file, [dialogue])
+    print(f"(saved to {save_file})")
 
 
-def describe(row: dict, args) -> str:
+def _show(persona: list[str]) -> None:
+    lines = [f"  {sentence}" for sentence in persona or ["(nobody in particular)"]]
+    print("\n".join(["", "You talk to:", *lines, HELP]))
+
+
+def _describe(row: dict, soft_prompt: str) -> str:
     """Which prompt spoke, and the retriever's scores."""
     scores = " ".join(f"{score:.3f}" for score in row["scores"])
-    who = "all prompts together" if args.prompts == "fused" else f"prompt {row['prompts'][0]}"
-    return f"{who}; scores {scores}"
+    speaker = f"prompt {row['soft_prompts'][0]}"
+    if soft_prompt == "fused":
+        speaker = "all prompts together"
+    return f"{speaker}; scores {scores}"

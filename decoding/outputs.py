@@ -1,0 +1,112 @@
+"""Files of responses: outs/X.jsonl, a line per row, and outs/X.json, what produced it.
+
+Rows are appended as they are finished, so a killed run loses nothing; --resume goes on with the
+file if it was made with the same settings, and ends with the bytes of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from utils import USAGE, fail
+
+# Flags that change how a run goes, not what it writes: --resume does not compare them.
+RUN_FLAGS = frozenset((
+    "resume", "save_file", "test_file", "config", "print_config", "key_file", "max_connections",
+    "timeout", "timeout_total", "force_base", "strict_split", "interview", "interactive",
+    "output_dir", "exp_name", "run_name", "cache_file"))
+
+SPEED = {  # figures of outs/X.json, and the digits that they are rounded to
+    "seconds_per_row": 3, "seconds_per_row_median": 3, "seconds_per_row_p95": 3,
+    "responses_per_second": 2, "tokens_per_second": 1}
+
+
+def claim(save_file: str, resume: bool) -> Path:
+    """The file to write, in a folder that is there; dies if it is there already and not resumed."""
+    path = Path(save_file)
+    if path.suffix != ".jsonl":
+        fail(USAGE, f"--save_file {path} must end in .jsonl", f"{path.with_suffix('.jsonl')}")
+    if path.exists() and not resume:
+        fail(USAGE, f"{path} is already there",
+             "--resume goes on with it; or give another --save_file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def settings_of(args, rows: list[dict], weights: str | None) -> dict:
+    """Everything that what is written depends on, as JSON gives it back: flags, rows, model."""
+    flags = {name: value for name, value in vars(args).items() if name not in RUN_FLAGS}
+    return json.loads(json.dumps(flags | {
+        "data_sha256": utils.sha256(json.dumps(rows, sort_keys=True))[:16], "weights": weights}))
+
+
+def begin(save_file: Path, kind: str, settings: dict, run: dict) -> int:
+    """How many rows an interrupted run has written; dies if it ran with other settings.
+
+    Where there is nothing yet, X.json is written at once, so that a run that is killed in its first
+    row can be resumed, too. Settings that an older version did not know are not compared.
+    """
+    summary_file = save_file.with_suffix(".json")
+    if not save_file.exists():
+        header = {"kind": kind, "settings": settings, "run": brief(run)}
+        utils.atomic_write(summary_file, json.dumps(header, indent=1))
+        return 0
+    before = utils.made_by(save_file).get("settings", {})
+    for name, value in settings.items():
+        if name in before and before[name] != value:
+            fail(USAGE, f"--resume: {save_file} was made with {name} {before[name]}, "
+                        f"now it is {value}",
+                 "use the same flags, or another --save_file")
+    if not before:
+        fail(USAGE, f"--resume: {summary_file} does not say what {save_file} was made with",
+             "give another --save_file")
+    utils.repair_tail(save_file)
+    return len(read(save_file))
+
+
+def read(save_file: Path) -> list[dict]:
+    """The rows that are written."""
+    return [json.loads(line) for line in save_file.read_bytes().split(b"\n") if line.strip()]
+
+
+def count_problems(save_file: Path) -> dict:
+    """How many rows and responses a file holds, and what went wrong in it."""
+    rows = read(save_file)
+    figures = {"rows": len(rows), "responses": sum(len(row["preds"]) for row in rows)}
+    for problem in ("empty", "cut", "missing", "failed", "below_floor"):
+        figures[problem] = sum(row.get("warnings", {}).get(problem, 0) for row in rows)
+    if asked := sum(row.get("asked", 0) for row in rows):
+        figures["parse_rate"] = round(sum(row["parsed"] for row in rows) / asked, 4)
+    return figures
+
+
+def speed_figures(speed: dict, save_file: Path) -> dict:
+    """Seconds a row, responses and tokens a second; where nothing was left to do, those of before.
+
+    speed: seconds (a number per row), tokens and responses of this run.
+    """
+    if not speed["seconds"]:
+        before = utils.made_by(save_file)
+        return {name: before[name] for name in SPEED if name in before}
+    total = sum(speed["seconds"])
+    values = (np.mean(speed["seconds"]), np.median(speed["seconds"]),
+              np.percentile(speed["seconds"], 95), speed["responses"] / total,
+              speed["tokens"] / total)
+    return {name: round(float(value), digits) for (name, digits), value in
+            zip(SPEED.items(), values, strict=True)}
+
+
+def write_summary(save_file: Path, kind: str, settings: dict, run: dict, figures: dict) -> None:
+    """outs/X.json of a finished run."""
+    summary = {"kind": kind, "settings": settings, "run": brief(run), **figures,
+               "versions": utils.versions()}
+    utils.atomic_write(save_file.with_suffix(".json"), json.dumps(summary, indent=1))
+
+
+def brief(run: dict) -> dict:
+    """run.json without the long list of row hashes."""
+    return {key: value for key, value in run.items() if key != "row_hashes"}
