@@ -1,4 +1,4 @@
-"""The tokens that stand for attribute=value."""
+"""The tokens that stand for attribute=value. Loads nothing heavy, since flags.py needs it."""
 
 from __future__ import annotations
 
@@ -6,51 +6,63 @@ import re
 
 from utils import USAGE, fail
 
-SPARE = re.compile(  # special tokens that a tokenizer keeps in reserve, or whose use (repositories, notebooks) is not chat
-    r"<\|?(?:reserved_(?:special_)?token_\d+|reserved\d+|unused_?\d+|extra_?\d+)\|?>|\[(?:control_\d+|unused\d+)\]|<SPECIAL_\d+>"
-    r"|<(?:repo_?name|file_sep|filename|gh_stars|issue_(?:start|comment|closed)|jupyter_(?:start|text|code|output|script)|empty_output)>")
+SPARE = re.compile(  # special tokens in reserve, or whose use (repositories, notebooks) is not chat
+    r"<\|?(?:reserved_(?:special_)?token_\d+|reserved\d+|unused_?\d+|extra_?\d+)\|?>"
+    r"|\[(?:control_\d+|unused\d+)\]|<SPECIAL_\d+>"
+    r"|<(?:repo_?name|file_sep|filename|gh_stars|issue_(?:start|comment|closed)"
+    r"|jupyter_(?:start|text|code|output|script)|empty_output)>")
 
 
-def refuse_unknown(want: dict[str, str | None], schema: dict, where: str) -> None:
-    """Die over attributes and values that a schema does not have."""
-    for name, value in want.items():
+def refuse_unknown(condition: dict[str, str | None], schema: dict, where: str) -> None:
+    """Exit over attributes and values that a schema does not have; a value of None is any."""
+    for name, value in condition.items():
         if name not in schema:
-            fail(USAGE, f"{where} does not know the attribute {name!r}", f"it knows {', '.join(schema)}")
+            fail(USAGE, f"{where} does not know the attribute {name!r}",
+                 f"it knows {', '.join(schema)}")
         if value is not None and value not in schema[name]["values"]:
-            fail(USAGE, f"{where}: {name} is never {value!r}", f"its values are {', '.join(schema[name]['values'])}")
+            fail(USAGE, f"{where}: {name} is never {value!r}",
+                 f"its values are {', '.join(schema[name]['values'])}")
 
 
 def assign_tokens(tokenizer, schema: dict) -> dict[str, str]:
-    """The token of every attribute=value of a schema, in its order: spare special tokens, or tokens added to the tokenizer.
+    """{attribute=value: token} of a schema, in its order.
 
-    Spare ones serve only if there are enough for all. The same tokenizer and schema always give the same tokens.
+    Spare special tokens of the tokenizer serve if there are enough for all, else tokens are added
+    to it. The same tokenizer and schema always give the same tokens, so this may be asked again.
     """
-    names = [f"{name}={value}" for name, own in schema.items() for value in own["values"]]
-    own = [f"<|{name}|>" for name in names]
-    known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-    spare = sorted((token for token in known if SPARE.fullmatch(token)), key=known.get)
-    if len(spare) < len(names):
-        tokenizer.add_special_tokens({"additional_special_tokens": own}, replace_extra_special_tokens=False)
-        spare = own
-    return dict(zip(names, spare, strict=False))
-
-
-def settle_tokens(tokenizer, args) -> None:
-    """Fix args.control_tokens and args.banned_ids, once a run."""
-    if args.control_tokens is None:
-        args.control_tokens = assign_tokens(tokenizer, args.schema)
-        args.banned_ids = tokenizer.convert_tokens_to_ids(list(args.control_tokens.values()))
+    names = [f"{name}={value}" for name, labels in schema.items() for value in labels["values"]]
+    ids = _added_tokens(tokenizer)
+    spare = sorted((token for token in ids if SPARE.fullmatch(token)), key=ids.get)
+    if len(spare) >= len(names):
+        return dict(zip(names, spare, strict=False))
+    tokens = [f"<|{name}|>" for name in names]
+    if any(token not in ids for token in tokens):
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens},
+                                     replace_extra_special_tokens=False)
+    return dict(zip(names, tokens, strict=True))
 
 
 def start_ids(tokenizer) -> list[int]:
-    """Where every text starts: the mark between documents that the base was trained with, twice (module docstring)."""
-    known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-    start = known.get("<|endoftext|>", tokenizer.bos_token_id)
+    """Where every text starts: what marks a new document in the base's data, twice.
+
+    Why twice: see the package's docstring.
+    """
+    start = _added_tokens(tokenizer).get("<|endoftext|>", tokenizer.bos_token_id)
     return [tokenizer.eos_token_id if start is None else start] * 2
 
 
-def encode(tokenizer, want: dict[str, str], control_tokens: dict[str, str], text: str) -> tuple[list[int], list[int]]:
-    """(start and control tokens, text) as ids, tokens in the order of the schema; one function for training and decoding."""
-    tokens = [token for name, token in control_tokens.items() if name.split("=")[1] == want.get(name.split("=")[0])]
+def encode(tokenizer, condition: dict[str, str], control_tokens: dict[str, str],
+           text: str) -> tuple[list[int], list[int]]:
+    """(start and control tokens, text) as ids; one function for training and decoding.
+
+    Tokens stand in the order of the schema. control_tokens: as assign_tokens gives them.
+    """
+    wanted = {f"{name}={value}" for name, value in condition.items()}
+    tokens = [token for name, token in control_tokens.items() if name in wanted]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     return start_ids(tokenizer) + tokenizer.convert_tokens_to_ids(tokens), ids
+
+
+def _added_tokens(tokenizer) -> dict[str, int]:
+    """The ids of a tokenizer's special and added tokens."""
+    return {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}

@@ -1,30 +1,50 @@
-"""What a soft prompt stands before, and what the retriever sees."""
+"""What a soft prompt stands before, what the retriever sees, and the trees that carry both."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from modeling.prompts import build_prompt, fit_messages
+from trees import Tree
+
+
+@dataclass(kw_only=True)
+class DialogueTree(Tree):
+    """A row's runs under every soft prompt, with what the losses of the retriever need.
+
+    retrieval_ids: what the retriever sees. about: the text by which rows count as similar.
+    """
+
+    retrieval_ids: list[int]
+    about: str
 
 
 def latest(row: dict, max_turns: int) -> dict:
-    """The row with its last 2n - 1 turns, so that the first of them is Person A's."""
+    """The row with its last 2 * max_turns - 1 turns, all with -1; the first is then Person A's."""
     turns = row["context"].strip("\n").split("\n")
-    return row | {"context": "\n".join(turns if max_turns == -1 else turns[-(2 * max_turns - 1) :])}
+    kept = turns if max_turns == -1 else turns[-(2 * max_turns - 1) :]
+    return row | {"context": "\n".join(kept)}
 
 
 def message(row: dict, turns: list[str]) -> str:
-    """The user message: who Person B is, and the dialogue."""
+    """The user message: who Person B is, and the labelled turns of the dialogue."""
     about = "\n".join(row.get("persona", []))
     return (f"About Person B:\n\n{about}\n\n" if about else "") + build_prompt(row, turns=turns)
 
 
 def prompt_ids(row: dict, tokenizer, args, room: int) -> tuple[list[int] | None, int]:
-    """Token ids of a row's message without its soft prompt, and how many turns went; None if it does not fit."""
+    """Token ids of a row's message without its soft prompt, and how many turns were dropped.
+
+    room: the tokens that it may have. The ids are None if it does not fit even with one turn.
+    """
     row = latest(row, args.max_context_turns)
-    prompts, dropped = fit_messages(row, lambda turns: [message(row, turns)], tokenizer, args.max_input_length, room)
+    prompts, dropped = fit_messages(
+        row, lambda turns: [message(row, turns)], tokenizer, args.max_input_length, room)
     return (prompts[0] if prompts else None), dropped
 
 
 def retrieval_ids(row: dict, tokenizer, args) -> list[int]:
-    """What the retriever sees: persona and dialogue, never the reply, nor what all messages have in common."""
-    text = "\n".join([*row.get("persona", []), latest(row, args.max_context_turns)["context"]])
+    """Token ids of persona and dialogue: never the reply, nor what all messages have in common."""
+    context = latest(row, args.max_context_turns)["context"]
+    text = "\n".join([*row.get("persona", []), context])
     return tokenizer(text, add_special_tokens=False)["input_ids"]

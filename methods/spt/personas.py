@@ -1,29 +1,37 @@
 """Dialogues with a persona: the toolkit's JSONL, and the text files of Persona-Chat and ConvAI2.
 
-A row has `persona` (sentences about Person B, none of them empty; [] where the file has none), `context` (turns joined by
-newlines, the last one by Person A), `response` (what Person B said), and maybe `candidates`, `partner_persona` and `person`.
+A row has `persona` (sentences about Person B, none of them empty; [] where the file has none),
+`context` (turns joined by newlines, the last one by Person A), `response` (what Person B said), and
+maybe `candidates`, `partner_persona` and `person`.
 
-A line of a text file is a number and text. Number 1 starts a dialogue; `your persona: ...` and `partner's persona: ...` lines
-come first (self, other, both, or none of them), then `partner's words<TAB>reply`, maybe with `<TAB><TAB>cand|cand|...`.
-Every reply is a row of its own, with all that was said before.
+A line of a text file is a number and text. Number 1 starts a dialogue. Lines `your persona: ...`
+and `partner's persona: ...` come first (one kind, both, or none of them), then utterances
+`partner's words<TAB>reply`, maybe with `<TAB><TAB>candidate|candidate|...`. Every reply is a row of
+its own, with all that was said before.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils
-from utils import USAGE, fail, info
+from utils import USAGE, fail
 
-PERSONA = re.compile(r"(your|partner's) persona:(.*)")
 NUMBERED = re.compile(r"(\d+) (.*)")
+PERSONA = re.compile(r"(your|partner's) persona:(.*)")
 
 
 def read(path: str) -> list[dict]:
-    """The rows of a .txt file in the published format, or of a JSONL file; dies over faults by file:line."""
-    rows = read_convai2(Path(path)) if Path(path).suffix == ".txt" else utils.read_jsonl(path, check_row)
+    """The rows of a .txt file in the published format, or of a JSONL file.
+
+    Exits over faults, each with its file:line.
+    """
+    is_text = Path(path).suffix == ".txt"
+    rows = read_convai2(Path(path)) if is_text else utils.read_jsonl(path, check_row)
     return [{"persona": [], **row} for row in rows]
 
 
@@ -40,65 +48,101 @@ def check_row(row: dict) -> str | None:
         return f'field "persona" must be a list of strings, got {json.dumps(persona)[:60]}'
     if "persona" in row and not persona:
         return 'field "persona" is empty; leave it out where a row has none'
-    if any(not s.strip() for s in persona):
-        return f'field "persona": sentence {[not s.strip() for s in persona].index(True) + 1} is empty'
+    for number, sentence in enumerate(persona, 1):
+        if not sentence.strip():
+            return f'field "persona": sentence {number} is empty'
     return None
 
 
 def read_convai2(path: Path) -> list[dict]:
     """The rows of a text file; all lines are read before the first error stops the run."""
-    if not path.is_file():
-        fail(USAGE, f"{path} is {'a folder' if path.is_dir() else 'not there'}", "give a text or JSONL file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        fail(USAGE, f"{path}:{path.read_bytes()[: error.start].count(10) + 1}: not UTF-8", "iconv converts it")
     rows, errors = [], []
-    lines = text.split("\n")
+    lines = _read_text(path).split("\n")
     if lines[-1]:
         errors.append(f"{path}:{len(lines)}: the last line does not end: the file is cut")
-    persona: dict[str, list[str]] = {"your": [], "partner's": []}
-    turns: list[str] = []
-    before = said = 0  # the number of the line before, and of utterances in this dialogue
+    dialogue, before = _Dialogue(), 0  # before: the number of the line above
     for place, line in enumerate(lines[:-1], 1):
         numbered = NUMBERED.fullmatch(line.rstrip("\r"))
         number = int(numbered[1]) if numbered else None
-        problem = None
         if number == 1:
-            if before and not said:
+            if before and not dialogue.utterances:
                 errors.append(f"{path}:{place - 1}: the dialogue ends before anybody speaks")
-            persona, turns, said = {"your": [], "partner's": []}, [], 0
-        if number is None:
-            problem = "must be a number, a space and text" if line.strip() else "is empty"
-        elif number != before + 1 and number != 1:
-            problem = f"number {number} follows {before}: lines are missing" if before else \
-                f"starts with number {number}: the first lines of the dialogue are missing"
-        elif fact := PERSONA.fullmatch(numbered[2]) if "\t" not in numbered[2] else None:
-            sentence = fact[2].strip()  # all after the first colon, further colons included
-            problem = "a persona line after the first utterance" if said else None if sentence else "a persona line without text"
-            persona[fact[1]].append(sentence)
-        else:
-            partner, _, rest = numbered[2].partition("\t")
-            reply, _, candidates = rest.partition("\t\t")
-            said += 1
-            if not partner.strip() or not reply.strip():
-                problem = "must be an utterance, a tab and the reply to it"
-            else:
-                rows.append({"persona": persona["your"], "partner_persona": persona["partner's"],
-                             "context": "\n".join([*turns, partner.strip()]), "response": reply.strip()})
-                if candidates.strip():
-                    rows[-1]["candidates"] = [c.strip() for c in candidates.split("|")]
-                turns += [partner.strip(), reply.strip()]
-        if number is not None:
-            before = number
+            dialogue = _Dialogue()
+        row, problem = None, _numbering_fault(line, number, before)
+        if not problem:
+            row, problem = dialogue.read_line(numbered[2])
         if problem:
             errors.append(f"{path}:{place}: {problem}\n  line: {line[:100]}")
-    if before and not said:
+        elif row:
+            rows.append(row)
+        before = before if number is None else number
+    if before and not dialogue.utterances:
         errors.append(f"{path}:{len(lines) - 1}: the dialogue ends before anybody speaks")
     if errors:
         for error in errors[1 : utils.MAX_SHOWN_ERRORS]:
-            info(f"error: {error}")
-        fail(USAGE, f"{errors[0]}\nbad lines in {path}: {len(errors)}", "mend the file, or fetch it again")
+            print(f"error: {error}", file=sys.stderr)
+        fail(USAGE, f"{errors[0]}\nbad lines in {path}: {len(errors)}",
+             "mend the file, or fetch it again")
     if not rows:
         fail(USAGE, f"{path}: no rows", "a text file in the ConvAI2 format")
     return rows
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark."""
+    if not path.is_file():
+        fail(USAGE, f"{path} is {'a folder' if path.is_dir() else 'not there'}",
+             "give a text or JSONL file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        fail(USAGE, f"{path}:{line}: not UTF-8", "iconv converts it")
+
+
+def _numbering_fault(line: str, number: int | None, before: int) -> str | None:
+    """What is wrong with a line's number, or None; before: the number of the line above."""
+    if number is None:
+        return "must be a number, a space and text" if line.strip() else "is empty"
+    if number in (1, before + 1):
+        return None
+    if not before:
+        return f"starts with number {number}: the first lines of the dialogue are missing"
+    return f"number {number} follows {before}: lines are missing"
+
+
+@dataclass
+class _Dialogue:
+    """What has been read so far of one dialogue of a text file."""
+
+    persona: list[str] = field(default_factory=list)
+    partner_persona: list[str] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    utterances: int = 0  # also counts those that are at fault
+
+    def read_line(self, text: str) -> tuple[dict | None, str | None]:
+        """The row that a line gives, if any, and what is wrong with the line, or None."""
+        # an utterance may begin like a persona line, but a persona has no tab
+        fact = None if "\t" in text else PERSONA.fullmatch(text)
+        return (None, self._read_persona(fact)) if fact else self._read_utterance(text)
+
+    def _read_persona(self, fact: re.Match) -> str | None:
+        sentence = fact[2].strip()  # all after the first colon, further colons included
+        (self.persona if fact[1] == "your" else self.partner_persona).append(sentence)
+        if self.utterances:
+            return "a persona line after the first utterance"
+        return None if sentence else "a persona line without text"
+
+    def _read_utterance(self, text: str) -> tuple[dict | None, str | None]:
+        self.utterances += 1
+        partner, _, rest = text.partition("\t")
+        reply, _, candidates = rest.partition("\t\t")
+        partner, reply = partner.strip(), reply.strip()
+        if not partner or not reply:
+            return None, "must be an utterance, a tab and the reply to it"
+        row = {"persona": self.persona, "partner_persona": self.partner_persona,
+               "context": "\n".join([*self.turns, partner]), "response": reply}
+        if candidates.strip():
+            row["candidates"] = [text.strip() for text in candidates.split("|")]
+        self.turns += [partner, reply]
+        return row, None

@@ -1,174 +1,145 @@
-"""Selective prompt tuning: method spt.
-
-"Selective Prompting Tuning for Personalized Conversations with LLMs", arXiv:2406.18187 (Findings of ACL 2024). K soft prompts of
-V rows each over a frozen model, and a retriever that scores them against persona and dialogue. With z_k the model's output under
-prompt k, s the scores, h = softmax(s / tau_sim), and nll_k the mean negative log-probability of the reply under prompt k:
-
-    L = w_lm L_LM + w_sel L_sel + w_fuse L_fuse + w_ctr L_ctr
-    L_LM    mean of -log p_k(token) over all prompts and the tokens of the replies, end token included
-    L_sel   KL(softmax(-nll / tau_gold) || h): the model tells the retriever which prompt suits
-    L_fuse  -log of the prompts' mixture, sum_k h_k p_k(token)
-    L_ctr   scores of rows with like personas are drawn together, others apart
-
-The K prompts are also K ways to answer: `infer.py --prompts all` draws one reply under each.
-
-A soft prompt is a run of token ids above the vocabulary (softprompts.py). It stands before the prompt, so the K runs of a row
-cannot share it: they are the K trees of one packed row, and only the replies' positions are scored. K = 1 with all weights but
-w_lm at 0 is plain prompt tuning (Lester et al., arXiv:2104.08691).
-
-Differences from the paper's code:
-- The retriever sees persona and dialogue, masked, in training as in inference; the code averages over pads and, in training, over
-  the very reply. Both sides are layer-normalised before the head.
-- The retriever sees a context's deviation from the mean of the training contexts, plus that mean at half its size: as they are,
-  contexts point the same way (cosine 0.96 with SmolLM2's embeddings) and one prompt is chosen for all; from deviations alone it
-  cannot learn that a prompt is best for most, and gives new people what suits those of the training set least.
-- Messages are in the tokenizer's own chat template, the same in training and inference; the end token is learnt; masks come from
-  segments and not from matching tokens; the oldest turns go first when something is too long, the persona never.
-- Fusion mixes probabilities (`--fusion logits_raw` is published: logits weighted by raw scores; logits_norm weights them by h).
-- Noise on the selection target is added to its logits; on probabilities it can make them negative, and the loss nan.
-- Similarity of personas is symmetric and cached; rows without a persona are compared by their dialogue.
-- `--retriever_learning_rate`: prompts want a far larger rate than the matrix that chooses among them; published is one for both.
-- `--prompt_init vocab` starts from random words instead of standard normal rows, which are far larger than words.
-- Rows of one batch may use different prompts, so decoding does not run a batch once per prompt.
-"""
+"""Training of method spt: soft prompts and the retriever that chooses among them."""
 
 from __future__ import annotations
 
-import math
 import random
 
+import torch
+from torch import Tensor
+
 import trees
-from methods.spt import personas
-from methods.spt.losses import by_prompt, contrastive_loss, fusion_loss, logit_fusion_loss, mean_nll, selection_loss
-from methods.spt.messages import prompt_ids, retrieval_ids
+from methods import defaults
+from methods.spt import losses, personas
+from methods.spt.messages import DialogueTree, prompt_ids, retrieval_ids
+from modeling import softprompts
 from modeling.prompts import end_of_turn
-from modeling.softprompts import attach, read, save, soft_prompts, virtual_ids
+from modeling.softprompts import attach, soft_prompts, virtual_ids
+from trees import LIKELIHOOD, Segment
 from utils import USAGE, fail
 
-CENTRE_ROWS = 1000  # rows whose mean the retriever takes off every context
+CENTRE_ROWS = 1000  # rows whose mean context the retriever subtracts from every context
+HEADS = 4  # attention heads of --retriever transformer
 
 
 def load_rows(args) -> list[dict]:
-    """Rows with persona, context and response from JSONL or a ConvAI2 text file."""
-
-    for name in ("num_prompts", "prompt_length"):
-        if getattr(args, name) < 1:
-            fail(USAGE, f"--{name} {getattr(args, name)} must be at least 1", "there is no prompt to tune otherwise")
-    for name in ("w_lm", "w_sel", "w_fuse", "w_ctr", "target_noise"):
-        if not 0 <= getattr(args, name) < math.inf:
-            fail(USAGE, f"--{name} {getattr(args, name)} must be at least 0")
-    rate = args.retriever_learning_rate
-    if rate is not None and not 0 < rate < math.inf:
-        fail(USAGE, f"--retriever_learning_rate {rate} must be above 0")
-    for name in ("tau_gold", "tau_sim"):
-        if not 0 < getattr(args, name) < math.inf:
-            fail(USAGE, f"--{name} {getattr(args, name)} must be above 0")
-    if not args.w_lm + args.w_sel + args.w_fuse + args.w_ctr:
-        fail(USAGE, "--w_lm, --w_sel, --w_fuse and --w_ctr are all 0", "there is nothing to learn")
-    if args.max_context_turns == 0 or args.max_context_turns < -1:
-        fail(USAGE, f"--max_context_turns {args.max_context_turns} keeps no turn", "a positive number, or -1 for all turns")
-    given = [name for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules") if getattr(args, name) is not None]
-    if given:
-        fail(USAGE, f"--{given[0]} does nothing with method spt", "the model stays frozen; drop it")
-    if args.load_in_4bit:
-        fail(USAGE, "--load_in_4bit does not work with method spt", "drop it: the frozen weights are loaded in bf16 on GPUs")
-    return personas.read(args.train_file)
+    """Rows with persona, context and response, from JSONL or a ConvAI2 text file."""
+    return personas.read(args.train_file)[: args.limit]
 
 
-def prepare_model(model, tokenizer, args):
-    """The model frozen, with new soft prompts and a retriever; the retriever too is frozen where no loss needs it."""
+prepare_tokenizer = defaults.leave_as_is
 
+
+def prepare_model(model, tokenizer, rows: list[dict], args):
+    """The model frozen, with new soft prompts and a retriever.
+
+    The retriever, too, is frozen where no loss needs it: a parameter without gradient stops DDP.
+    """
     dim = model.get_input_embeddings().weight.shape[1]
-    if args.retriever == "transformer" and dim % 4:
-        fail(USAGE, f"--retriever transformer has 4 attention heads, the embeddings have {dim} dimensions", "--retriever linear")
+    if args.retriever == "transformer" and dim % HEADS:
+        fail(USAGE, f"--retriever transformer has {HEADS} attention heads, "
+                    f"the embeddings have {dim} dimensions", "--retriever linear")
     model = attach(model, {
-        "num_prompts": args.num_prompts, "prompt_length": args.prompt_length, "prompt_init": args.prompt_init,
-        "retriever": args.retriever, "shared_head": args.heads == "shared", "tau_sim": args.tau_sim, "fusion": args.fusion,
+        "num_prompts": args.num_prompts, "prompt_length": args.prompt_length,
+        "prompt_init": args.prompt_init, "retriever": args.retriever,
+        "shared_head": args.heads == "shared", "tau_sim": args.tau_sim, "fusion": args.fusion,
         "max_context_turns": args.max_context_turns})
-    soft = model.get_input_embeddings()
+    soft = soft_prompts(model)
     retrieves = bool(args.w_sel or args.w_fuse or args.w_ctr)
     soft.retriever.requires_grad_(retrieves)
     if retrieves:
-        rows = personas.read(args.train_file)[: args.limit][:CENTRE_ROWS]
-        soft.centre_on([retrieval_ids(row, tokenizer, args) for row in rows])
+        soft.centre_on([retrieval_ids(row, tokenizer, args) for row in rows[:CENTRE_ROWS]])
     return model
 
 
-def parameter_groups(model, args) -> list[dict]:
-    """What the optimizer learns: the prompts, and the retriever at a rate of its own."""
-
-    soft = soft_prompts(model)
-    retriever = [p for p in soft.retriever.parameters() if p.requires_grad]
-    groups = [{"params": [soft.prompts]}]
-    return groups + ([{"params": retriever, "lr": args.retriever_learning_rate or args.learning_rate}] if retriever else [])
+def describe(model, tokenizer, rows: list[dict], args) -> dict:
+    """Nothing, since the flags say all."""
+    return {}
 
 
-def save_adapter(model, folder: str) -> None:
+def build_tree(row: dict, tokenizer, args, rng: random.Random) -> DialogueTree | None:
+    """The row's reply with its end token under every soft prompt; None if the row does not fit.
 
-    save(model, folder)
-
-
-def load_adapter(model, folder):
-    """The base model with the soft prompts of a checkpoint."""
-
-    return attach(model, *read(folder))
-
-
-def restore_adapter(model, folder) -> None:
-    """Give a model that trains on the weights of a checkpoint."""
-
-    soft_prompts(model).load_state_dict(read(folder)[1], strict=False)
-
-
-def response_tree(row: dict, response: list[int], tokenizer, args):
-    """A row's K runs: soft prompt, message and reply, as K trees under one root without tokens; branch k is prompt k."""
-    from trees import LIKELIHOOD, Segment, Tree
-
-    ids, dropped = prompt_ids(row, tokenizer, args, args.max_length - args.prompt_length - len(response))
+    The K runs of soft prompt, message and reply are K trees below a root without tokens; the reply
+    in the k-th has branch k, from 0.
+    """
+    response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    response = [*response, end_of_turn(tokenizer)]
+    room = args.max_length - args.prompt_length - len(response)
+    ids, dropped = prompt_ids(row, tokenizer, args, room)
     if ids is None:
         return None
-    runs = [Segment(virtual_ids(k, args.prompt_length) + ids, children=[Segment(response, LIKELIHOOD, branch=k)])
+    runs = [Segment(virtual_ids(k, args.prompt_length) + ids,
+                    children=[Segment(response, LIKELIHOOD, branch=k)])
             for k in range(args.num_prompts)]
-    about = " ".join(row.get("persona", [])) or row["context"]
-    return Tree(Segment([], children=runs), dropped, note={"ids": retrieval_ids(row, tokenizer, args), "about": about})
+    return DialogueTree(Segment([], children=runs), dropped,
+                        retrieval_ids=retrieval_ids(row, tokenizer, args),
+                        about=" ".join(row.get("persona", [])) or row["context"])
 
 
-def build_tree(row: dict, tokenizer, args, rng: random.Random):
-    """The row's reply with its end token, under every soft prompt; None if the row does not fit."""
-    response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-    return response_tree(row, [*response, end_of_turn(tokenizer)], tokenizer, args)
+def compute_loss(model, batch: dict, args, step: int) -> tuple[Tensor, dict]:
+    """The weighted sum of the four losses, in nats.
 
-
-def compute_loss(model, batch: dict, args):
-    """The weighted sum of the four losses; also logged: each of them, the share of rows that every prompt is chosen for, the
-    entropy of the mean of h, and how often the chosen prompt is the best one."""
-    import torch
-
-
+    Also logged: each of them; agreement, how often the chosen prompt is the best one; use_k, how
+    often prompt k is chosen; and usage_entropy, the entropy of the mean of h in nats.
+    """
     soft = soft_prompts(model)
     logits, place = trees.score_logits(model, batch)
     targets = batch["input_ids"][0, batch["token"]]
-    logps, row = by_prompt(logits[place, targets] - logits.logsumexp(-1)[place], batch)
-    nll = mean_nll(logps, row, batch["num_rows"])
-    notes = batch["notes"]
-    with torch.set_grad_enabled(torch.is_grad_enabled() and soft.retriever.head.weight.requires_grad):
-        scores = soft.scores([note["ids"] for note in notes])
+    token_logps = logits[place, targets] - logits.logsumexp(-1)[place]
+    logps = losses.by_prompt(token_logps, batch["branch"])  # (K, N)
+    row = losses.by_prompt(batch["row"], batch["branch"])[0]  # (N,)
+    nll = losses.mean_nll(logps, row, batch["num_rows"])  # (B, K)
+    # no loss uses the scores of a frozen retriever, so no graph is kept for them
+    learns = torch.is_grad_enabled() and soft.retriever.head.weight.requires_grad
+    with torch.set_grad_enabled(learns):
+        scores = soft.scores([tree.retrieval_ids for tree in batch["trees"]])  # (B, K)
     log_h = soft.choice(scores)
+
     zero = logps.new_zeros(())
     parts = {"lm_loss": -logps.mean(), "sel_loss": zero, "fuse_loss": zero, "ctr_loss": zero}
     if args.w_sel:
-        parts["sel_loss"] = selection_loss(nll, log_h, args.tau_gold, args.target_noise)
+        parts["sel_loss"] = losses.selection_loss(nll, log_h, args.tau_gold, args.target_noise)
     if args.w_fuse and args.fusion == "probs":
-        parts["fuse_loss"] = fusion_loss(logps, log_h, row)
+        parts["fuse_loss"] = losses.fusion_loss(logps, log_h, row)
     elif args.w_fuse:
-        weights = scores if args.fusion == "logits_raw" else log_h.exp()
-        wide, target = by_prompt(logits[place], batch)[0], by_prompt(targets, batch)[0][0]
-        parts["fuse_loss"] = logit_fusion_loss(wide, weights, target, row)
+        wide = losses.by_prompt(logits[place], batch["branch"])  # (K, N, W)
+        parts["fuse_loss"] = losses.logit_fusion_loss(
+            wide, scores if args.fusion == "logits_raw" else log_h.exp(),
+            losses.by_prompt(targets, batch["branch"])[0], row)
     if args.w_ctr:
-        parts["ctr_loss"] = contrastive_loss(scores, [note["about"] for note in notes], args.ctr_threshold)
-    loss = sum(weight * part for weight, part in zip((args.w_lm, args.w_sel, args.w_fuse, args.w_ctr), parts.values(), strict=True))
-    chosen, mean_h = log_h.argmax(-1), log_h.exp().mean(0)
-    shown = {name: part.detach() for name, part in parts.items()}
-    shown |= {"agreement": (chosen == nll.argmin(-1)).float().mean(), "usage_entropy": torch.special.entr(mean_h).sum().detach()}
-    shown |= {f"use_{k + 1}": (chosen == k).float().mean() for k in range(args.num_prompts)}
-    return loss, shown
+        texts = [tree.about for tree in batch["trees"]]
+        parts["ctr_loss"] = losses.contrastive_loss(scores, texts, args.ctr_threshold)
+    weights = (args.w_lm, args.w_sel, args.w_fuse, args.w_ctr)
+    loss = sum(weight * part for weight, part in zip(weights, parts.values(), strict=True))
+    logged = {name: part.detach() for name, part in parts.items()}
+    return loss, logged | _choice_figures(nll, log_h.detach())
+
+
+def _choice_figures(nll: Tensor, log_h: Tensor) -> dict[str, Tensor]:
+    """How often the chosen prompt is the best one, and how evenly prompts are used; both (B, K)."""
+    chosen = log_h.argmax(-1)
+    figures = {"agreement": (chosen == nll.argmin(-1)).float().mean(),
+               "usage_entropy": torch.special.entr(log_h.exp().mean(0)).sum()}
+    return figures | {f"use_{k + 1}": (chosen == k).float().mean() for k in range(nll.shape[1])}
+
+
+order_rows = defaults.shuffled
+
+
+def parameter_groups(model, args) -> list[dict]:
+    """The soft prompts, and the retriever at a learning rate of its own."""
+    soft = soft_prompts(model)
+    groups = [{"params": [soft.prompts]}]
+    retriever = [p for p in soft.retriever.parameters() if p.requires_grad]
+    if retriever:
+        rate = args.retriever_learning_rate or args.learning_rate
+        groups.append({"params": retriever, "lr": rate})
+    return groups
+
+
+after_pass = defaults.no_figures
+
+
+def save(model, folder, state_dict=None) -> None:
+    """Write prompts and retriever; the frozen model is not saved."""
+    softprompts.save(model, folder)
