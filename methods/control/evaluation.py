@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import trees
 import utils
-from methods.control.attributes import has_letters, load_scorer, opposite, values_of, write_want
+from methods.control.attributes import has_letters, load_scorer, opposite, values_of, write_condition as write_want
 from methods.control.tokens import start_ids
 from modeling.checkpoints import load_checkpoint
 from scoring import metrics, statistics
