@@ -1,29 +1,41 @@
-"""Diversity metrics, intervals and comparisons. Pure functions of texts, embeddings and numbers.
+"""Diversity metrics and controls. Pure functions of texts, embeddings and numbers.
 
 Sources: corpus distinct-n and SBERT diversity as in arXiv:2412.03343; distinct-n from Li et al.,
-arXiv:1510.03055; yield@k as the number of distinct and coherent responses among k; others at their place.
-What is not defined (one response, no n-gram) is None, never 0 or nan.
+arXiv:1510.03055; yield@k as the number of distinct and coherent responses among k; others at their
+place. What is not defined (one response, no n-gram) is None, never 0 or nan.
 """
 
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
+from sacrebleu import sentence_bleu
+from sacrebleu.metrics import BLEU
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from scoring.statistics import entropy, mutual_information
 
-PUNCTUATION = set(string.punctuation) | {"``", "''", "...", "..", "–", "…", "•", "“", "”", "‘", "’"}
+PUNCTUATION = {*string.punctuation, "``", "''", "...", "..", "–", "…", "•", "“", "”", "‘", "’"}
+SENTENCES, WORDS = PunktSentenceTokenizer(), NLTKWordTokenizer()
 
 
 @lru_cache(maxsize=100_000)
 def words(text: str) -> tuple[str, ...]:
-    """Lower-cased NLTK (Penn Treebank) word tokens."""
-    from nltk.tokenize import NLTKWordTokenizer
+    """Lower-cased NLTK (Penn Treebank) word tokens, as nltk.word_tokenize gives them.
 
-    return tuple(word.lower() for word in NLTKWordTokenizer().tokenize(text))
+    Sentences are split first, since the word tokenizer takes a full stop off the last word of its
+    input alone. The splitter has no training data, which NLTK would download: it also splits after
+    an abbreviation ("Dr. Smith"), and takes the stop off it.
+    """
+    return tuple(word.lower() for sentence in SENTENCES.tokenize(text)
+                 for word in WORDS.tokenize(sentence))
 
 
 def grams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -31,23 +43,24 @@ def grams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
     A text of one token holds none.
     """
-    found = []
+    pool = []
     for text in texts:
         tokens = words(text)
         if len(tokens) > 1:
             runs = zip(*(tokens[i:] for i in range(n)), strict=False)
-            found += [run for run in runs if not PUNCTUATION & set(run)]
-    return found
+            pool += [run for run in runs if not PUNCTUATION & set(run)]
+    return pool
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
     """Distinct n-grams over all n-grams of a pool of texts, in (0, 1]; higher is more diverse.
 
-    n-grams that hold a punctuation token do not count, and texts of one token hold none, as published.
-    None if there is no n-gram. The score falls as the pool grows: compare pools of one size only.
+    n-grams that hold a punctuation token do not count, and texts of one token hold none, as
+    published. None if there is no n-gram. The score falls as the pool grows: compare pools of one
+    size only.
     """
-    found = grams(texts, n)
-    return len(set(found)) / len(found) if found else None
+    pool = grams(texts, n)
+    return len(set(pool)) / len(pool) if pool else None
 
 
 def pairwise_diversity(embeddings: np.ndarray) -> float | None:
@@ -65,42 +78,41 @@ def pairwise_diversity(embeddings: np.ndarray) -> float | None:
 def ead(texts: Sequence[str], n: int, vocab_size: int) -> float | None:
     """Expectation-adjusted distinct (Liu et al., arXiv:2202.13587): N / (V (1 - ((V - 1) / V)^C)).
 
-    N distinct of C n-grams in all, over the number that C uniform draws from V kinds would give. Unlike
-    distinct-n it does not fall with length; above 1 where texts vary more than such draws. Figures with
-    different V do not compare. None without n-grams.
+    N distinct of C n-grams in all, over the number that C uniform draws from V kinds would give.
+    Unlike distinct-n it does not fall with length; above 1 where texts vary more than such draws.
+    Figures with different V do not compare. None without n-grams.
     """
-    found = grams(texts, n)
-    if not found:
+    pool = grams(texts, n)
+    if not pool:
         return None
-    return len(set(found)) / (vocab_size * -np.expm1(len(found) * np.log1p(-1 / vocab_size)))
+    return len(set(pool)) / (vocab_size * -np.expm1(len(pool) * np.log1p(-1 / vocab_size)))
 
 
 def self_bleu(texts: Sequence[str]) -> float | None:
-    """Mean sentence BLEU (sacrebleu) of each response against all the others, 0 to 100; lower is more diverse.
+    """Mean sentence BLEU (sacrebleu) of each response against all the others, 0 to 100.
 
-    Empty responses are left out; None if fewer than two remain.
+    Lower is more diverse. Empty responses are left out; None if fewer than two remain.
     """
-    from sacrebleu import sentence_bleu
-
     full = [text for text in texts if text.strip()]
     if len(full) < 2:
         return None
-    return float(np.mean([sentence_bleu(text, full[:i] + full[i + 1 :]).score for i, text in enumerate(full)]))
+    scores = {text: sentence_bleu(text, full[:i] + full[i + 1 :]).score
+              for i, text in {text: i for i, text in enumerate(full)}.items()}
+    return float(np.mean([scores[text] for text in full]))
 
 
 def self_bleu_signature(num_references: int) -> str:
     """sacrebleu's signature of the scores above, to be printed with them."""
-    from sacrebleu.metrics import BLEU
-
     bleu = BLEU(effective_order=True)  # as sentence_bleu has it
     bleu.sentence_score("a b", ["a b"] * num_references)
     return str(bleu.get_signature())
 
 
 def vendi_score(embeddings: np.ndarray) -> float | None:
-    """Effective number of different responses (Friedman and Dieng, arXiv:2210.02410), order 1, in [1, N].
+    """Effective number of different responses (Vendi score of order 1, arXiv:2210.02410), 1 to N.
 
-    exp of the entropy of the eigenvalues of the cosine matrix over N; embeddings (N, D) of unit length.
+    exp of the entropy of the eigenvalues of the cosine matrix over N; embeddings (N, D) of unit
+    length.
     """
     n = len(embeddings)
     if not n:
@@ -110,47 +122,53 @@ def vendi_score(embeddings: np.ndarray) -> float | None:
     return float(np.clip(np.exp(-(values * np.log(values)).sum()), 1.0, n))
 
 
-def normalise(text: str) -> str:
-    """What an exact duplicate shares: the text without case, outer punctuation of words and extra spaces."""
+def wording(text: str) -> str:
+    """A text without case, punctuation around words and extra spaces: what two equal answers share.
+
+    utils.normalise is narrower on purpose: it keeps punctuation inside the text, and decides which
+    replies training takes for equal, so changing it would change what checkpoints have learnt.
+    """
     return " ".join(word.strip(string.punctuation + "“”‘’…–") for word in text.casefold().split())
 
 
 def duplicates(texts: Sequence[str]) -> float | None:
-    """Share of responses that repeat an earlier one."""
-    return 1 - len({normalise(text) for text in texts}) / len(texts) if len(texts) else None
+    """Share of responses that repeat the words of an earlier one."""
+    return 1 - len({wording(text) for text in texts}) / len(texts) if len(texts) else None
 
 
 def mean_length(texts: Sequence[str]) -> tuple[float, float] | None:
     """(words, characters) per response."""
     if not len(texts):
         return None
-    return float(np.mean([len(text.split()) for text in texts])), float(np.mean([len(text) for text in texts]))
+    return (float(np.mean([len(text.split()) for text in texts])),
+            float(np.mean([len(text) for text in texts])))
 
 
-def incoherence_rate(scores: Sequence[float | None], threshold: float = 5) -> tuple[float | None, int]:
+def incoherence_rate(scores: Sequence[float | None],
+                     threshold: float = 5) -> tuple[float | None, int]:
     """(share of the rated responses at or below `threshold` of 10, number of unrated ones)."""
     rated = [score for score in scores if score is not None]
-    return (float(np.mean([score <= threshold for score in rated])) if rated else None), len(scores) - len(rated)
+    rate = float(np.mean([score <= threshold for score in rated])) if rated else None
+    return rate, len(scores) - len(rated)
 
 
 def partition(similarity: np.ndarray, threshold: float) -> list[int]:
     """Class of each of N responses, numbered by first appearance, from a symmetric (N, N) matrix.
 
-    Average linkage: classes join while the mean similarity of their pairs reaches the threshold, the closest
-    pair of classes first. All pairs count and their order does not, unlike comparing each response with the
-    first one of every class; one doubtful pair does not chain two classes together.
+    Average linkage: classes join while the mean similarity of their pairs reaches the threshold,
+    the closest pair of classes first. All pairs count and their order does not, unlike comparing
+    each response with the first one of every class; one doubtful pair does not chain two classes
+    together.
     """
-    from scipy.cluster.hierarchy import fcluster, linkage
-    from scipy.spatial.distance import squareform
-
     n = len(similarity)
     if n < 2:
         return list(range(n))
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
-    label = fcluster(linkage(squareform(distance, checks=False), "average"), 1 - threshold + 1e-9, "distance")
-    first: dict[int, int] = {}
-    return [first.setdefault(int(c), len(first)) for c in label]
+    joined = linkage(squareform(distance, checks=False), "average")
+    labels = fcluster(joined, 1 - threshold + 1e-9, "distance")
+    number: dict[int, int] = {}
+    return [number.setdefault(int(label), len(number)) for label in labels]
 
 
 def distinct_k(classes: Sequence[int]) -> int:
@@ -158,11 +176,12 @@ def distinct_k(classes: Sequence[int]) -> int:
     return len(set(classes))
 
 
-def utility_k(classes: Sequence[int], utilities: Sequence[float | None], patience: float = 0.8) -> float | None:
-    """Utility of k responses to a reader who goes on with probability p (NoveltyBench, arXiv:2504.05228, section 3).
+def utility_k(classes: Sequence[int], utilities: Sequence[float | None],
+              patience: float = 0.8) -> float | None:
+    """Utility of k responses to a reader who goes on with probability p (NoveltyBench, section 3).
 
-    (1 - p) / (1 - p^k) x sum over i of p^(i-1) x utility_i, where only the first response of a class counts.
-    None if there is none, or if a utility that counts is None.
+    (1 - p) / (1 - p^k) x sum over i of p^(i-1) x utility_i (arXiv:2504.05228), where only the first
+    response of a class counts. None if there is none, or if a utility that counts is None.
     """
     seen: set[int] = set()
     total = 0.0
@@ -194,53 +213,61 @@ def yield_of_classes(classes: Sequence[int], coherent: Sequence[bool]) -> int:
 def controllability(tables: Sequence[np.ndarray], rounds: int = 200, seed: int = 0) -> dict:
     """Whether number k of a prompt leads to a class of its own, whatever the seed.
 
-    tables: per prompt the classes (numbers, seeds) of its responses. mutual_information: between number and
-    class, in nats, the mean over prompts; shuffled: the same with responses moved among the numbers of their
-    prompt, which is what chance gives; excess: their difference; p_value: share of shuffles that reach it.
-    coincide: share of pairs of numbers with one class at one seed; stable: share of pairs of seeds with one
-    class for one number. None where there is one seed, or one number.
+    tables: per prompt the classes (numbers, seeds) of its responses.
+    mutual_information: between number and class, in nats, the mean over prompts; shuffled: the same
+    with responses moved among the numbers of their prompt, which is what chance gives; excess:
+    their difference; p_value: share of shuffles that reach it. coincide: share of pairs of numbers
+    with one class at one seed; stable: share of pairs of seeds with one class for one number. None
+    where there is one seed, or one number.
     """
     numbers, seeds = np.shape(tables[0])
-    result = {"mutual_information": None, "shuffled": None, "excess": None, "p_value": None, "coincide": None,
-              "stable": None, "prompts": len(tables)}
-
-    def agree(table: np.ndarray) -> float:  # of pairs of rows, column by column
-        i, j = np.triu_indices(len(table), 1)
-        return float(np.mean(table[i] == table[j]))
-
+    tables = [np.asarray(table) for table in tables]
+    result = {"mutual_information": None, "shuffled": None, "excess": None, "p_value": None,
+              "coincide": None, "stable": None, "prompts": len(tables)}
     if numbers > 1:
-        result["coincide"] = float(np.mean([agree(np.asarray(t)) for t in tables]))
+        result["coincide"] = float(np.mean([_agreement(table) for table in tables]))
     if seeds > 1:
-        result["stable"] = float(np.mean([agree(np.asarray(t).T) for t in tables]))
+        result["stable"] = float(np.mean([_agreement(table.T) for table in tables]))
     if numbers > 1 and seeds > 1:
         rng, handle = np.random.default_rng(seed), np.repeat(np.arange(numbers), seeds)
-        flat = [np.asarray(t).ravel() for t in tables]
-        found = float(np.mean([mutual_information(handle, t) for t in flat]))
-        chance = [float(np.mean([mutual_information(handle, rng.permutation(t)) for t in flat])) for _ in range(rounds)]
-        result |= {"mutual_information": found, "shuffled": float(np.mean(chance)), "excess": found - float(np.mean(chance)),
-                   "p_value": (1 + sum(c >= found - 1e-12 for c in chance)) / (1 + rounds)}
+        classes = [table.ravel() for table in tables]
+        observed = float(np.mean([mutual_information(handle, of_row) for of_row in classes]))
+        shuffled = [[rng.permutation(of_row) for of_row in classes] for _ in range(rounds)]
+        chance = np.mean([mutual_information(handle, np.array(of_row))
+                          for of_row in zip(*shuffled, strict=True)], axis=0)  # (rounds,)
+        result |= {"mutual_information": observed, "shuffled": float(chance.mean()),
+                   "excess": observed - float(chance.mean()),
+                   "p_value": float(1 + (chance >= observed - 1e-12).sum()) / (1 + rounds)}
     return result
+
+
+def _agreement(table: np.ndarray) -> float:
+    """Share of pairs of rows with one class, column by column."""
+    i, j = np.triu_indices(len(table), 1)
+    return float(np.mean(table[i] == table[j]))
 
 
 def random_words(groups: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]]:
     """Responses of the same lengths, of words drawn from all responses: diverse and meaningless."""
     rng = np.random.default_rng(seed)
     pool = [word for group in groups for text in group for word in text.split()] or [""]
-    return [[" ".join(pool[i] for i in rng.integers(0, len(pool), len(text.split()))) for text in group] for group in groups]
+    return [[" ".join(pool[i] for i in rng.integers(0, len(pool), len(text.split())))
+             for text in group] for group in groups]
 
 
 def shuffled_replies(groups: Sequence[Sequence[str]], seed: int = 0) -> list[list[str]] | None:
-    """Every response under another prompt than its own: fluent and beside the point. None for a single prompt.
+    """Every response under another prompt: fluent and beside the point. None for a single prompt.
 
-    The k-th responses move together, each k by a step of its own, so that no prompt keeps one of its own.
+    The k-th responses move together, each k by a step of its own, so that no prompt keeps one.
     """
     n = len(groups)
     if n < 2:
         return None
     rng = np.random.default_rng(seed)
     steps = rng.integers(1, n, max(map(len, groups)))
-    return [[groups[(i + steps[k]) % n][k % len(groups[(i + steps[k]) % n])] for k in range(len(group))]
-            for i, group in enumerate(groups)]
+    others = [[groups[(i + steps[k]) % n] for k in range(len(group))]
+              for i, group in enumerate(groups)]
+    return [[other[k % len(other)] for k, other in enumerate(of_row)] for of_row in others]
 
 
 def repeated_first(groups: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -251,48 +278,57 @@ def repeated_first(groups: Sequence[Sequence[str]]) -> list[list[str]]:
 def exact_fit(weights: Sequence[float], logps: Sequence[float]) -> dict[str, float]:
     """How a model's sequence probabilities p of the targets fit the wanted distribution w.
 
-    kl = sum w ln(w / p), infinite where a wanted target has probability 0; outside = 1 - sum p over the wanted targets
-    (w > 0), the mass of every other text; tv = (sum |w - p| + outside) / 2; entropy of w, the floor of the loss.
+    kl = sum w ln(w / p), infinite where a wanted target has probability 0; outside = 1 - sum p over
+    the wanted targets (w > 0), the mass of every other text; tv = (sum |w - p| + outside) / 2;
+    floor: the entropy of w, which the loss cannot get below.
     """
     weights, logps = (np.asarray(x, dtype=float) for x in (weights, logps))
     wanted = weights > 0
     w, logp = weights[wanted], logps[wanted]
     outside = max(0.0, float(1 - np.exp(logp).sum()))  # rounding may bring the sum above 1
     return {"kl": float((w * (np.log(w) - logp)).sum()), "outside": outside,
-            "tv": float((np.abs(w - np.exp(logp)).sum() + outside) / 2), "floor": float(-(w * np.log(w)).sum())}
+            "tv": float((np.abs(w - np.exp(logp)).sum() + outside) / 2),
+            "floor": float(-(w * np.log(w)).sum())}
 
 
 def token_f1(text: str, reference: str) -> float:
-    """F1 of the bags of whitespace tokens, case and punctuation kept, in [0, 1]; 0 without overlap, as published."""
-    from collections import Counter
+    """F1 of the bags of whitespace tokens, case and punctuation kept, in [0, 1], as published.
 
+    0 without overlap.
+    """
     a, b = text.split(), reference.split()
     common = sum((Counter(a) & Counter(b)).values())
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
 def plain_distinct(texts: Sequence[str], n: int) -> float | None:
-    """Distinct over all n-grams of tokens between single spaces, punctuation attached; an empty text is one token, as published."""
-    found = [tuple(t[i : i + n]) for t in (text.strip().split(" ") for text in texts) for i in range(len(t) - n + 1)]
-    return len(set(found)) / len(found) if found else None
+    """Distinct over all n-grams of tokens between single spaces, punctuation attached.
+
+    As published, an empty text is one token.
+    """
+    pool = [tuple(tokens[i : i + n]) for tokens in (text.strip().split(" ") for text in texts)
+            for i in range(len(tokens) - n + 1)]
+    return len(set(pool)) / len(pool) if pool else None
 
 
 def corpus_bleu(texts: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """(sacrebleu's corpus BLEU, 0 to 100, its signature), one reference each."""
-    from sacrebleu.metrics import BLEU
-
     bleu = BLEU()
-    return float(bleu.corpus_score(list(texts), [list(references)]).score), str(bleu.get_signature())
+    score = bleu.corpus_score(list(texts), [list(references)]).score
+    return float(score), str(bleu.get_signature())
 
 
 def content_words(text: str) -> set[str]:
-    """The words of a text without stop words (scikit-learn's list), clitics and punctuation."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+    """The words of a text without stop words (scikit-learn's list), clitics and punctuation.
 
-    return {w for w in words(text) if w not in ENGLISH_STOP_WORDS and any(c.isalnum() for c in w) and not w.startswith("'") and w != "n't"}
+    The pair classifier (equivalence.py) was fitted with another definition, and keeps it.
+    """
+    return {word for word in words(text)
+            if word not in ENGLISH_STOP_WORDS and any(c.isalnum() for c in word)
+            and not word.startswith("'") and word != "n't"}
 
 
 def persona_overlap(text: str, persona: Sequence[str]) -> float | None:
-    """Share of a text's content words that its persona has, too; None without content words or without persona."""
-    own, about = content_words(text), content_words(" ".join(persona))
-    return len(own & about) / len(own) if own and about else None
+    """Share of a text's content words that its persona has; None if one of them has none."""
+    of_text, of_persona = content_words(text), content_words(" ".join(persona))
+    return len(of_text & of_persona) / len(of_text) if of_text and of_persona else None
