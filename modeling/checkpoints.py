@@ -1,105 +1,176 @@
-"""Checkpoints: what they hold, and how they are loaded."""
+"""Checkpoints: what they hold, and how they are loaded.
+
+A check_N folder is an adapter (adapter_config.json says of which kind) or a whole model that was
+trained from scratch (config.json). Both have run.json, which says how they were made, and a
+completeness marker that is written last (utils.seal).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
+from peft import PeftModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from safetensors import SafetensorError, safe_open
+
+from modeling import softprompts
 from modeling.adapters import ban_tokens, fit_embeddings, grow_embeddings
 from modeling.models import base_fingerprint, load_model, load_tokenizer, model_dir
-from utils import USAGE, atomic_write, fail, missing_files, sha256
+from utils import USAGE, atomic_write, fail, missing_files, read_run, sha256
+
+ADAPTER = "adapter_model.safetensors"
 
 
-def finish_adapter(folder: Path, tokenizer, run: dict) -> None:
-    """Add to a saved adapter its tokenizer, run.json, and the base's name instead of a machine's path."""
-    path = folder / "adapter_config.json"
-    if path.exists():  # else a whole model was trained
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = run["base_model"]
-        atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
-    tokenizer.save_pretrained(folder)
-    atomic_write(folder / "run.json", json.dumps(run, indent=1))
+class Source(NamedTuple):
+    """What a model's name stands for.
 
+    tokenizer_dir, base_dir: from where the tokenizer and the base's weights are loaded.
+    adapter: the folder of an adapter on that base, or None.
+    run: run.json with "weights", which tells one adapter or base from another.
+    """
 
-def check_adapter(folder: Path) -> None:
-    """Die over an adapter folder that cannot be loaded, naming the file."""
-    if not (folder / "adapter_config.json").is_file():
-        fail(USAGE, f"{folder} holds no adapter_config.json", "give a check_N folder, a model folder, a hub id or smollm2")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-                   and p.name.startswith("adapter")]
-        if pickles:
-            fail(USAGE, f"{folder / pickles[0]} is a pickle, which can run code when read",
-                "save the adapter as safetensors")
-        fail(USAGE, f"{weights} is not there", "the checkpoint is incomplete; use another check_N")
-    size = weights.stat().st_size
-    with open(weights, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = file.read(header_size) if header_size < size else b""
-    try:
-        entries = [e for name, e in json.loads(header).items() if name != "__metadata__"]
-        expected = 8 + header_size + max(entry["data_offsets"][1] for entry in entries)
-    except (ValueError, TypeError, AttributeError, KeyError):
-        expected = -1
-    if size != expected:
-        says = f"its header says {expected}" if expected > 0 else "its header is broken"
-        fail(USAGE, f"{weights} has {size} bytes, {says}", "the file is cut; use another check_N")
+    tokenizer_dir: str
+    base_dir: str
+    adapter: Path | None
+    run: dict
 
 
 def load_checkpoint(name: str, force_base: bool = False, chat_template: str | None = None):
     """Load a base model (hub id, folder, smollm2) or a check_N folder with its base.
 
     Returns (model in eval mode, tokenizer, run) where run is the checkpoint's run.json, or
-    {"method": "base", ...} for a base model; its "weights" tell one adapter or base from another.
+    {"method": "base", ...} for a base model; run["weights"] tells one adapter or base from another.
     """
+    source = _find_source(name, force_base, chat_template)
+    is_base = source.run["method"] == "base"  # a trained model brings its own template
+    tokenizer = load_tokenizer(source.tokenizer_dir, chat_template if is_base else None)
+    model = load_model(source.base_dir)
+    settings = source.run["args"]
+    if source.adapter:
+        fit_embeddings(model, tokenizer)
+        if settings.get("new_tokens"):  # before the adapter, which holds what training changed
+            grow_embeddings(model, tokenizer, settings)
+        load = LOADERS.get(_peft_type(source.adapter), _load_peft)
+        model = load(model, source.adapter)
+    if banned := settings.get("banned_ids"):
+        # of a wrapped model, the output that the wrapper passes on is the base model's
+        ban_tokens(model.get_base_model() if isinstance(model, PeftModel) else model, banned)
+    return model.eval(), tokenizer, source.run
+
+
+def _find_source(name: str, force_base: bool, chat_template: str | None) -> Source:
+    """Tell adapter, whole model and base apart; dies where one is incomplete or does not fit."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").exists():
         check_adapter(folder)
         if chat_template:
-            fail(USAGE, f"--chat_template: {folder} brings the template that it was trained with", "drop the flag")
-        missing = missing_files(folder) if (folder / "COMPLETE.json").exists() else []
-        if missing:
-            fail(USAGE, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")
+            what = f"--chat_template: {folder} brings the template that it was trained with"
+            fail(USAGE, what, "drop the flag")
+        if (folder / "COMPLETE.json").exists():  # an adapter may also come from elsewhere
+            _refuse_incomplete(folder)
         path = folder / "run.json"
         if not path.is_file():
-            fail(USAGE, f"{path} is not there, so the method of this adapter is unknown", "train it with train.py")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        base = model_dir(saved["base_model"])
-        fingerprint = base_fingerprint(base)
-        if fingerprint != saved["base_sha256"] and not force_base:
-            fail(USAGE, f"{folder} was trained on base {saved['base_sha256']}, {saved['base_model']} is {fingerprint}",
-                "load the base it was trained on, or pass --force_base")
-        from peft import PeftModel  # after model_dir: it reads HF_HUB_OFFLINE when imported
-        from peft.tuners.trainable_tokens import TrainableTokensLayer
+            what = f"{path} is not there, so the method of this adapter is unknown"
+            fail(USAGE, what, "train it with train.py")
+        run = read_run(name)
+        base = model_dir(run["base_model"])
+        if not force_base:
+            _refuse_other_base(folder, run, base)
+        weights = sha256((folder / ADAPTER).read_bytes())[:12]
+        return Source(str(folder), base, folder, run | {"weights": weights})
+    if (folder / "run.json").is_file():  # trained from scratch: a whole model, no adapter
+        _refuse_incomplete(folder)
+        run = read_run(name) | {"weights": base_fingerprint(name)}
+        return Source(str(folder), str(folder), None, run)
+    base = model_dir(name)
+    weights = base_fingerprint(base)
+    run = {
+        "method": "base", "base_model": name, "base_sha256": weights, "weights": weights, "args": {}
+    }
+    return Source(base, base, None, run)
 
-        from methods import OWN_ADAPTER, load_method
 
-        own = saved["method"] in OWN_ADAPTER
-        load_adapter = load_method(saved["method"]).load_adapter if own else PeftModel.from_pretrained
-        tokenizer = load_tokenizer(str(folder))
-        model = load_model(base)
-        fit_embeddings(model, tokenizer)
-        if saved["args"].get("new_tokens"):
-            grow_embeddings(model, tokenizer, saved["args"])
-        model = load_adapter(model, folder)
-        for layer in model.modules():  # written into the matrix once, else it is copied at every step
-            if isinstance(layer, TrainableTokensLayer):
-                layer.merge()
-        saved["weights"] = sha256((folder / "adapter_model.safetensors").read_bytes())[:12]
-    elif (folder / "run.json").is_file():  # trained from scratch: a whole model, no adapter
-        missing = missing_files(folder)
-        if missing:
-            fail(USAGE, f"{folder} is incomplete (no {', '.join(missing[:3])})", "use another check_N")
-        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        saved["weights"] = base_fingerprint(str(folder))
-        tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
-    else:
-        base = model_dir(name)
-        fingerprint = base_fingerprint(base)
-        saved = {"method": "base", "base_model": name, "base_sha256": fingerprint, "weights": fingerprint, "args": {}}
-        tokenizer = load_tokenizer(base, chat_template)
-        model = load_model(base)
-    if banned := saved["args"].get("banned_ids"):
-        ban_tokens(model.get_base_model() if (folder / "adapter_config.json").exists() else model, banned)
-    return model.eval(), tokenizer, saved
+def check_adapter(folder: Path) -> None:
+    """Die over an adapter folder that cannot be loaded, naming the file."""
+    config, weights = folder / "adapter_config.json", folder / ADAPTER
+    if not config.is_file():
+        hint = "give a check_N folder, a model folder, a hub id or smollm2"
+        fail(USAGE, f"{folder} holds no adapter_config.json", hint)
+    if not weights.is_file():
+        pickles = [p for p in folder.glob("adapter*") if p.suffix in (".bin", ".pt", ".pth")]
+        if pickles:
+            what = f"{pickles[0]} is a pickle, which can run code when it is read"
+            fail(USAGE, what, "save the adapter as safetensors")
+        fail(USAGE, f"{weights} is not there", "the checkpoint is incomplete; use another check_N")
+    try:
+        with safe_open(weights, "np"):  # reads the header and compares it with the file's size
+            pass
+    except SafetensorError as error:
+        what = f"{weights} has {weights.stat().st_size} bytes and cannot be read: {error}"
+        fail(USAGE, what, "the file is cut; use another check_N")
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    missing = missing_files(folder)
+    if missing:
+        what = f"{folder} is incomplete (no {', '.join(missing[:3])})"
+        fail(USAGE, what, "use another check_N")
+
+
+def _refuse_other_base(folder: Path, run: dict, base: str) -> None:
+    """Die unless the base has the weights that an adapter was trained on."""
+    fingerprint = base_fingerprint(base)
+    if fingerprint != run["base_sha256"]:
+        fail(
+            USAGE,
+            f"{folder} was trained on base {run['base_sha256']}, "
+            f"{run['base_model']} is {fingerprint}",
+            "load the base it was trained on, or pass --force_base",
+        )
+
+
+def _peft_type(folder: Path) -> str | None:
+    """The kind of an adapter; None for a whole model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+
+
+def _load_peft(model, folder: Path):
+    """The model with one of PEFT's adapters."""
+    model = PeftModel.from_pretrained(model, folder)
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            layer.merge()  # write its rows into the matrix once, else it is copied at every step
+    return model
+
+
+# by the peft_type of adapter_config.json; any other type is one of PEFT's
+LOADERS = {softprompts.KIND: softprompts.load}
+RESTORERS = {softprompts.KIND: softprompts.restore}
+
+
+def restore(model, folder: Path) -> bool:
+    """Put an adapter's weights back into a model that is being trained, to resume the run.
+
+    Returns False and does nothing for adapters and models that transformers.Trainer restores.
+    """
+    restorer = RESTORERS.get(_peft_type(Path(folder)))
+    if restorer is None:
+        return False
+    restorer(model, folder)
+    return True
+
+
+def finish_adapter(folder: Path, tokenizer, run: dict) -> None:
+    """Complete a saved adapter or model: its tokenizer, run.json, and the base's public name."""
+    path = folder / "adapter_config.json"
+    if path.exists():  # else a whole model was trained
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = run["base_model"]  # PEFT wrote a path of this machine
+        atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
+    tokenizer.save_pretrained(folder)
+    atomic_write(folder / "run.json", json.dumps(run, indent=1))

