@@ -1,65 +1,128 @@
-"""The figures of an evaluation: replies and their verdicts go in, the summary that is written and shown comes out.
+"""The common figures of an evaluation, for rows of any method: yield, coherence, diversity.
 
-systems: {name: rows with "preds"}; verdicts: per row {text: {"coherent": True, False or None, "rating": ...}};
-measured: {name: per row the replies with their verdicts, embeddings and classes of equal meaning}.
-Undefined is None with a reason, never 0.
+systems: {name: rows with "preds"}; verdicts: per row {text: {"coherent": True, False or None,
+"rating": ...}}; measured: {name: per row the replies with their verdicts, embeddings and classes of
+equal meaning}. Figures are as in scoring/evaluated.py; undefined is None with a reason, never 0.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import utils
-from scoring import equivalence, metrics, statistics
-from scoring.statistics import jackknife
+from scoring import equivalence, judging, logs, metrics, statistics
+from scoring.evaluated import CONTROL, Evaluated, figure, rounded
+from scoring.sources import Sources
+from utils import text_of
 
-CONTROL = "control: "
-HANDLED = ("peft", "spt", "control")  # methods whose reply i is drawn under a handle i of its own
+# Methods whose i-th reply to every row is drawn under one handle (number, soft prompt, condition).
+HANDLED = ("peft", "spt", "control")
+# Replies of a row that are looked at. All their pairs are compared, for the classes and for
+# Self-BLEU, and method diffuse draws a thousand a prompt, whose own figures read them all.
+MAX_REPLIES = 100
+
+
+def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated:
+    """The common figures of all systems and of the degenerate controls, with their intervals.
+
+    They are withheld, with the reason, where the files have different numbers of replies a row:
+    what is counted among k replies grows with k.
+    """
+    counts = {name: len(rows[0]["preds"]) for name, rows in systems.items()}
+    if len(set(counts.values())) > 1:
+        return _withheld(systems, counts)
+    shown = {name: [row | {"preds": row["preds"][:MAX_REPLIES]} for row in rows]
+             for name, rows in systems.items()}
+    systems = shown if args.no_controls else add_controls(shown)
+    embedder, classifier = sources.embedder, equivalence.load_classifier()
+    # all at once: batches of texts of one length are the fastest
+    embedder.encode([text for rows in systems.values() for row in rows
+                     for text in (text_of(row), *row["preds"])])
+    verdicts, judge = judging.judge(systems, sources, args, Path(args.save_file))
+    measured = {name: measure_rows(rows, verdicts, embedder, classifier)
+                for name, rows in systems.items()}
+    summary = summarise(measured, sources, judge, classifier)
+    summary["drawn"] = next(iter(counts.values()))
+    published = args.save_file.endswith(".pkl")
+    return Evaluated(summary, logs.response_lines(measured),
+                     {".pkl": logs.published_pickle(measured)} if published else {},
+                     logs.page_prompts(measured))
+
+
+def _withheld(systems: dict[str, list[dict]], counts: dict[str, int]) -> Evaluated:
+    """A summary without common figures, where files have different numbers of replies a row."""
+    why = "the files have different numbers of replies a row: " + ", ".join(
+        f"{name} {count}" for name, count in counts.items())
+    described = {name: _count_replies([row["preds"] for row in rows]) | {
+        "control": False, "seconds_per_row": None, "reasons": {"all common figures": why}}
+        for name, rows in systems.items()}
+    return Evaluated({
+        "k": None, "drawn": None, "rows": len(next(iter(systems.values()))),
+        "judge": {"name": None, "text": f"no common figures: {why}"}, "systems": described,
+        "differences": {}, "matched": {}, "controllability": {}, "settings": {},
+        "reasons": {"common figures": why}}, [])
 
 
 def add_controls(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The systems and what any metric worth its name must not reward, made of the first system's replies."""
+    """The systems, and what no good metric rewards, made of the first system's replies."""
     rows = next(iter(systems.values()))
     groups = [row["preds"] for row in rows]
-    controls = {"random words": metrics.random_words(groups), "shuffled": metrics.shuffled_replies(groups),
+    controls = {"random words": metrics.random_words(groups),
+                "shuffled": metrics.shuffled_replies(groups),
                 "repeated": metrics.repeated_first(groups)}
-    return systems | {CONTROL + name: [{**row, "preds": preds} for row, preds in zip(rows, made, strict=True)]
+    return systems | {CONTROL + name: [{**row, "preds": preds}
+                                       for row, preds in zip(rows, made, strict=True)]
                       for name, made in controls.items() if made is not None}
 
 
-def measure(rows: list[dict], verdicts: list[dict[str, dict]], embedder, classifier: dict) -> list[dict]:
-    """Per row: the replies with their verdicts, classes and embeddings; a row with a text that has no verdict was not judged."""
+# ---- rows ---------------------------------------------------------------------------------------
+
+
+def measure_rows(rows: list[dict], verdicts: list[dict[str, dict]], embedder,
+                 classifier: dict) -> list[dict]:
+    """Per row the replies with their verdicts, embeddings and classes, and the row's yield.
+
+    A row counts as not judged if any of its texts lacks a verdict.
+    """
     measured = []
     for row, known in zip(rows, verdicts, strict=True):
-        preds, prompt = row["preds"], row.get("prompt") or row["context"]
+        preds, prompt = row["preds"], text_of(row)
         vectors = embedder.encode([prompt, *preds])
         same = equivalence.same_probabilities(prompt, preds, embedder, classifier)
         judged = all(text in known for text in preds)
         measured.append({
-            "row": row, "preds": preds, "verdicts": [known[text] if judged else {"coherent": None} for text in preds],
+            "row": row, "preds": preds,
+            "verdicts": [known[text] if judged else {"coherent": None} for text in preds],
             "embeddings": vectors[1:], "cosine": vectors[1:] @ vectors[0],
             "classes": metrics.partition(same, classifier["threshold"])})
         measured[-1]["yield"] = yield_of(measured[-1])
     return measured
 
 
+def yield_of(of_row: dict) -> int | None:
+    """Different and coherent replies of one row; None while one of them has no verdict."""
+    coherent = [verdict["coherent"] for verdict in of_row["verdicts"]]
+    return None if None in coherent else metrics.yield_of_classes(of_row["classes"], coherent)
+
+
 def per_row(measured: list[dict]) -> dict[str, list[float | None]]:
     """The metrics that have a value per row, None where it is not defined."""
-    coherent = [[v["coherent"] for v in m["verdicts"] if v["coherent"] is not None] for m in measured]
+    coherent = [[v["coherent"] for v in m["verdicts"] if v["coherent"] is not None]
+                for m in measured]
     ratings = [[v.get("rating") for v in m["verdicts"]] for m in measured]
-    rated = [[r for r in row if r is not None] for row in ratings]
-    mean = lambda items: sum(items) / len(items) if items else None  # noqa: E731
     lengths = [metrics.mean_length(m["preds"]) for m in measured]
     return {
         f"yield@{len(measured[0]['preds'])}": [m["yield"] for m in measured],
-        "utility_k": [metrics.utility_k(m["classes"], r) if any(r) else None for m, r in zip(measured, ratings, strict=True)],
-        "coherent": [mean(row) for row in coherent],
-        "incoherence_rate": [None if not row else 1 - mean(row) for row in coherent],
-        "rating": [mean(row) for row in rated],
+        "utility_k": [metrics.utility_k(m["classes"], of_row) if any(of_row) else None
+                      for m, of_row in zip(measured, ratings, strict=True)],
+        "coherent": [_mean(of_row) for of_row in coherent],
+        "incoherence_rate": [None if not of_row else 1 - _mean(of_row) for of_row in coherent],
+        "rating": [_mean([r for r in of_row if r is not None]) for of_row in ratings],
         "cosine": [float(m["cosine"].mean()) for m in measured],
         "distinct_k": [metrics.distinct_k(m["classes"]) for m in measured],
         "effective_number": [metrics.effective_number(m["classes"]) for m in measured],
@@ -75,112 +138,138 @@ def per_row(measured: list[dict]) -> dict[str, list[float | None]]:
     }
 
 
-def yield_of(m: dict) -> int | None:
-    """Different and coherent replies of one row; None while one of them has no verdict."""
-    coherent = [v["coherent"] for v in m["verdicts"]]
-    return None if None in coherent else metrics.yield_of_classes(m["classes"], coherent)
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
-def summarise(measured: dict[str, list[dict]], files: dict[str, str], judge: dict, embedder, classifier: dict) -> dict:
-    """The summary; files: the file of each system that has one."""
+# ---- the summary --------------------------------------------------------------------------------
+
+
+def summarise(measured: dict[str, list[dict]], sources: Sources, judge: dict,
+              classifier: dict) -> dict:
+    """The summary that is written as X.json and shown."""
     values = {name: per_row(rows) for name, rows in measured.items()}
     first = next(iter(measured.values()))
-    vocabulary = len(embedder.tokenizer)
+    vocabulary = len(sources.embedder.tokenizer)
     differences, matched = compare(measured, values)
     k = len(first[0]["preds"])
     return {
         "k": k, "rows": len(first), "judge": judge,
-        "systems": {name: summarise_one(name, rows, values[name], files.get(name), vocabulary, judge) for name, rows in measured.items()},
+        "systems": {name: _summarise_one(name, rows, values[name], sources, vocabulary, judge)
+                    for name, rows in measured.items()},
         "differences": differences, "matched": matched,
-        "controllability": controllability(files, measured, embedder, classifier),
+        "controllability": controllability(measured, sources, classifier),
         "settings": {  # what the figures depend on
-            "embedder": "all-MiniLM-L6-v2", "ead_vocabulary": vocabulary, "self_bleu": metrics.self_bleu_signature(k - 1) if k > 1 else None,
-            "equivalence": {key: classifier[key] for key in ("threshold", "accuracy", "auc", "pairs") if key in classifier},
-            "intervals": "95 %, 2000 bootstrap draws of prompts; corpus figures: delete-a-block jackknife",
+            "embedder": "all-MiniLM-L6-v2", "ead_vocabulary": vocabulary,
+            "self_bleu": metrics.self_bleu_signature(k - 1) if k > 1 else None,
+            "equivalence": {key: classifier[key] for key in
+                            ("threshold", "accuracy", "auc", "pairs") if key in classifier},
+            "intervals": "95 %, 2000 bootstrap draws of prompts; "
+                         "corpus figures: delete-a-block jackknife",
             "versions": utils.versions()},
-    }
+        "reasons": {}}
 
 
-def summarise_one(name: str, measured: list[dict], values: dict, file: str | None, vocabulary: int, judge: dict) -> dict:
-    """All figures of one system as [mean, low, high], None with a reason where a figure is not defined, and counts."""
-    rounded = lambda found: found and [round(v, 4) for v in found]  # noqa: E731
-    figures = {}
-    for key, of_rows in values.items():
-        known = [v for v in of_rows if v is not None]
-        figures[key] = rounded(statistics.interval(known)) if known else None
+def _summarise_one(name: str, measured: list[dict], values: dict, sources: Sources,
+                   vocabulary: int, judge: dict) -> dict:
+    """All figures of one system, and counts; `reasons` for what is None."""
+    control = name.startswith(CONTROL)
+    figures: dict = {key: rounded(statistics.interval(of_rows)) for key, of_rows in values.items()}
     groups = [m["preds"] for m in measured]
     for n in (1, 2):
-        figures[f"distinct-{n}"] = rounded(jackknife(lambda texts, n=n: metrics.distinct_n(texts, n), groups))
-        figures[f"ead-{n}"] = rounded(jackknife(lambda texts, n=n: metrics.ead(texts, n, vocabulary), groups))
-    everything = [text for group in groups for text in group]
-    figures |= {"control": name.startswith(CONTROL), "rows": len(measured), "responses": len(everything),
-                "empty": sum(not text.strip() for text in everything), "seconds_per_row": None}
-    if file:
-        figures["seconds_per_row"] = made_by(file).get("seconds_per_row")
-    if "unscored" in judge and not figures["control"]:
+        figures[f"distinct-{n}"] = rounded(statistics.jackknife(
+            partial(metrics.distinct_n, n=n), groups))
+        figures[f"ead-{n}"] = rounded(statistics.jackknife(
+            partial(metrics.ead, n=n, vocab_size=vocabulary), groups))
+    seconds = None if control else sources.summary(name).get("seconds_per_row")
+    figures |= _count_replies(groups) | {
+        "control": control, "seconds_per_row": None if seconds is None else figure(seconds)}
+    if "unscored" in judge and not control:
         reasons = [v["unscored"] for m in measured for v in m["verdicts"] if v["unscored"]]
         figures["unscored"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-    figures["reasons"] = {key: why_none(key, measured, figures) for key, value in figures.items() if value is None}
+    figures["reasons"] = {key: _why_none(key, measured, control, judge)
+                          for key, value in figures.items() if value is None}
     return figures
 
 
-def why_none(key: str, measured: list[dict], figures: dict) -> str:
+def _count_replies(groups: list[list[str]]) -> dict:
+    texts = [text for group in groups for text in group]
+    return {"rows": len(groups), "responses": len(texts),
+            "empty": sum(not text.strip() for text in texts)}
+
+
+def _why_none(key: str, measured: list[dict], control: bool, judge: dict) -> str:
     """Why a figure is not defined."""
     if key == "seconds_per_row":
         return "infer.py left no speed beside the file"
-    if key in ("rating", "utility_k") and all(v["coherent"] is not None for m in measured for v in m["verdicts"]):
-        return "this judge gives no ratings"
     if key.startswith(("yield", "coherent", "incoherence", "rating", "utility")):
-        return "controls are not sent to the judge (--judge_controls)" if figures["control"] else "no row is fully scored"
+        if judge["name"] is None:
+            return judge["reason"]
+        scored = all(v["coherent"] is not None for m in measured for v in m["verdicts"])
+        if key in ("rating", "utility_k") and scored:
+            return "this judge gives no ratings"
+        if control:
+            return "controls are not sent to the judge (--judge_controls)"
+        return "no row is fully scored"
     if len(measured[0]["preds"]) == 1:
         return "one response a prompt has nothing to differ from"
     return "no response holds what it counts"
 
 
 def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[dict, dict]:
-    """Each system minus the first one, paired by row, then at equal coherence: {pair: {metric: [mean, low, high]}}."""
+    """Each system minus the first one, paired by row, then at equal coherence.
+
+    Two dicts by pair, "other - first": {metric: figure}, and {"measures": {metric: figure},
+    "prompts", "left_out", "responses"}.
+    """
     names = list(measured)
     first, baseline = measured[names[0]], values[names[0]]
     differences, matched = {}, {}
-    coherent = {name: [[v["coherent"] is True for v in m["verdicts"]] for m in measured[name]] for name in names}
+    coherent = {name: [[v["coherent"] is True for v in m["verdicts"]] for m in measured[name]]
+                for name in names}
     for name in names[1:]:
         pair, other = f"{name} - {names[0]}", measured[name]
-        found = {key: statistics.paired_difference(of_rows, baseline[key]) for key, of_rows in values[name].items()}
-        differences[pair] = {key: f and [round(v, 4) for v in f[:3]] for key, f in found.items()}
+        differences[pair] = {
+            key: rounded(statistics.paired_difference(of_rows, baseline[key]))
+            for key, of_rows in values[name].items()}
         if not any(map(any, coherent[name])) or not any(map(any, coherent[names[0]])):
             continue
-        measures = {"distinct_k": lambda system, row, keep: len({system[row]["classes"][i] for i in keep}),
-                    "sbert_diversity": lambda system, row, keep: metrics.pairwise_diversity(system[row]["embeddings"][keep])}
-        results = {key: statistics.matched_difference(partial(f, other), partial(f, first), coherent[name], coherent[names[0]])
-                   for key, f in measures.items()}
-        counts = {key: results["distinct_k"][key] for key in ("prompts", "left_out", "responses")}
-        matched[pair] = {"measures": {key: r["difference"] and [round(v, 4) for v in r["difference"]]
-                                      for key, r in results.items()}, **counts}
+        results = {key: statistics.matched_difference(
+            partial(diversity, other), partial(diversity, first), coherent[name],
+            coherent[names[0]]) for key, diversity in MATCHED.items()}
+        matched[pair] = {
+            "measures": {key: rounded(r["difference"]) for key, r in results.items()},
+            **{key: results["distinct_k"][key] for key in ("prompts", "left_out", "responses")}}
     return differences, matched
 
 
-def made_by(file: str) -> dict:
-    """What infer.py left beside a file of responses: its settings and its speed."""
-    path = Path(file).with_suffix(".json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _classes_among(system: list[dict], row: int, keep: list[int]) -> int:
+    return len({system[row]["classes"][i] for i in keep})
 
 
-def controllability(files: dict[str, str], measured: dict[str, list[dict]], embedder, classifier: dict) -> dict:
-    """Whether a handle (a possibility number) means something: over files that differ in their seed alone."""
+def _diversity_among(system: list[dict], row: int, keep: list[int]) -> float | None:
+    return metrics.pairwise_diversity(system[row]["embeddings"][keep])
+
+
+# What is compared at equal coherence: measures of some of a row's replies.
+MATCHED = {"distinct_k": _classes_among, "sbert_diversity": _diversity_among}
+
+
+def controllability(measured: dict[str, list[dict]], sources: Sources, classifier: dict) -> dict:
+    """Whether a handle (a possibility number) means something: over files that differ in seed."""
     runs: dict[str, list[str]] = {}
-    for name, file in files.items():
-        settings = made_by(file).get("settings", {})
+    for name in sources.files:
+        settings = sources.settings(name) or {}
         if settings.get("method") in HANDLED:
-            same = json.dumps({k: v for k, v in settings.items() if k not in ("seed", "save_file")}, sort_keys=True)
-            runs.setdefault(same, []).append(name)
+            rest = {k: v for k, v in settings.items() if k not in ("seed", "save_file")}
+            runs.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     found = {}
-    for names in runs.values():
-        if len(names) < 2:
-            continue
+    for names in (names for names in runs.values() if len(names) > 1):
         tables = []
         for of_row in zip(*(measured[name] for name in names), strict=True):
-            row, texts = of_row[0]["row"], [text for m in of_row for text in m["preds"]]
-            same = equivalence.same_probabilities(row.get("prompt") or row["context"], texts, embedder, classifier)
+            texts = [text for m in of_row for text in m["preds"]]
+            same = equivalence.same_probabilities(text_of(of_row[0]["row"]), texts,
+                                                  sources.embedder, classifier)
             classes = metrics.partition(same, classifier["threshold"])
             tables.append(np.array(classes).reshape(len(names), -1).T)  # (numbers, seeds)
         found[" + ".join(names)] = metrics.controllability(tables)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 Figure = dict[str, float | None]
 DASH = "—"  # shown where there is no figure
+CONTROL = "control: "  # how the names of degenerate controls begin
 
 
 class Evaluated(NamedTuple):

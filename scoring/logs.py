@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-from scoring.evaluated import Evaluated
-from utils import atomic_write
+from modeling.prompts import label_turns
+from scoring.evaluated import CONTROL, Evaluated
+from utils import atomic_write, text_of
+
+HIDDEN = ("prompt", "words", "judge1", "judge2")  # of a verdict; X.judgements.jsonl has them
+MAX_HEAT = 30  # replies whose cosines a page draws; a square of more cells cannot be read
 
 
 def write(save_file: Path, result: Evaluated, page: str,
@@ -37,3 +42,64 @@ def _beside(base: Path, suffix: str) -> Path:
 
 def _jsonl(lines: list[dict]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+
+
+# ---- what stands in the files of the common figures ---------------------------------------------
+# measured: as scoring/common.py has it, per system and row the replies with verdicts and classes.
+
+
+def response_lines(measured: dict[str, list[dict]]) -> list[dict]:
+    """A line per response of the systems, none about a control."""
+    return [{"system": name, "row": number, "context": text_of(m["row"]), "response": text,
+             "meaning_class": m["classes"][i], "cosine": round(float(m["cosine"][i]), 4),
+             **{key: value for key, value in verdict.items() if key not in HIDDEN}}
+            for name, number, m in _rows_of_systems(measured)
+            for i, (text, verdict) in enumerate(zip(m["preds"], m["verdicts"], strict=True))]
+
+
+def published_pickle(measured: dict[str, list[dict]]) -> bytes:
+    """The same as a pickle of plain dicts with the published keys."""
+    lines = []
+    for _, _, m in _rows_of_systems(measured):
+        for text, verdict in zip(m["preds"], m["verdicts"], strict=True):
+            first, second = verdict.get("judge1"), verdict.get("judge2")
+            lines.append({
+                "context": text_of(m["row"]), "response": text, "prompt": verdict.get("prompt"),
+                "chat_out": first and first["text"],
+                "chat_score": {"Coherence rating:": first and first["score"]},
+                "gpt4_out": second and second["text"],
+                "gpt4_score": second and {"Coherence rating:": second["score"]}})
+    return pickle.dumps(lines)
+
+
+def page_prompts(measured: dict[str, list[dict]]) -> list[dict]:
+    """What the page shows of every prompt, see report/page.py."""
+    prompts = []
+    for i, first in enumerate(next(iter(measured.values()))):
+        row, systems = first["row"], {}
+        for name, rows in measured.items():
+            m = rows[i]
+            systems[name] = {
+                "replies": [{"text": text, "class": c, "coherent": verdict["coherent"],
+                             "verdict": verdict.get("words", ""), "why": _answers_of(verdict)}
+                            for text, c, verdict in zip(m["preds"], m["classes"], m["verdicts"],
+                                                        strict=True)],
+                "yield": m["yield"],
+                "similarity": None if len(m["preds"]) > MAX_HEAT
+                else (m["embeddings"] @ m["embeddings"].T).tolist()}
+        turns = label_turns(row["context"]) if "context" in row else None
+        prompts.append({"text": text_of(row), "turns": turns, "systems": systems})
+    return prompts
+
+
+def _rows_of_systems(measured: dict[str, list[dict]]):
+    """(system, number of the row from 1, row) of all systems but the controls."""
+    for name, rows in measured.items():
+        if not name.startswith(CONTROL):
+            yield from ((name, number, m) for number, m in enumerate(rows, 1))
+
+
+def _answers_of(verdict: dict) -> str | None:
+    """What the judges wrote about a reply."""
+    answers = [stage["text"] for stage in (verdict.get("judge1"), verdict.get("judge2")) if stage]
+    return "\n\n".join(answers) or None
