@@ -1,39 +1,28 @@
-"""Coherence judges: they read a row and replies, and rate each reply.
+"""The published judge: two language models behind servers, which rate every reply from 1 to 10.
 
-`APIJudge` is the published one: two language models behind OpenAI-compatible servers, asked for a short
-assessment and a rating from 1 to 10; a reply is incoherent at 5 or below. `HFJudge` puts the same question
-to a local chat model and takes the expected rating. `LocalProxy` needs neither network nor a good model. It
-is a proxy and labelled so wherever it is shown: it tells replies that belong to their context from replies
-that belong to another one, which is less than telling good from bad. Two features go in:
-
-- pointwise mutual information per token under the base model, log p(reply | context) - log p(reply),
-  with the dialogue as a plain transcript (not as the prompt that a system under test was given, whose
-  own samples it would flatter), computed in one packed row of two prompt trees;
-- cosine of the sentence embeddings of context and reply.
-
-A logistic regression on the rows' own reference replies (true pairs against the same replies under
-other rows' contexts) joins them; its AUC on held-out rows is reported with every score.
+Each is asked for a short assessment and a rating; a reply is incoherent at 5 or below
+(arXiv:2412.03343). Answers go into a log as they come in, and what the log holds is not asked
+again.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import utils
 from decoding import api
+from decoding.engines import Asked, Server
 from scoring.judge_prompt import RATINGS, judge_prompt, parse_rating
-from utils import USAGE, fail, info
+from utils import REFUSED, fail, info
 
-RUBRIC = 1  # raise it with every change of the question or of how ratings are read; older logs are then not reused
-MAX_FAILED_IN_A_ROW = 20  # calls; then it is the server, not the replies
+RUBRIC = 1  # raise it when the question or the reading of ratings changes: older logs are void then
 
 
 class Stage(NamedTuple):
-    """A model behind a server; timeout in seconds without a byte."""
+    """A model behind a server. timeout: seconds without a byte."""
 
     provider: str
     model: str
@@ -47,32 +36,34 @@ class Stage(NamedTuple):
         return f"{self.provider}:{self.model}"
 
 
-PUBLISHED = {  # arXiv:2412.03343; models get retired, so their names are flags
-    1: Stage("together", "meta-llama/Llama-3-70b-chat-hf", api.PROVIDERS["together"][0], 0.1, 512, 50.0),
+PUBLISHED = {  # arXiv:2412.03343; providers retire models, so their names are flags
+    1: Stage("together", "meta-llama/Llama-3-70b-chat-hf", api.PROVIDERS["together"][0],
+             0.1, 512, 50.0),
     2: Stage("openai", "gpt-4o", api.PROVIDERS["openai"][0], 0.0, 1024, 100.0),
 }
-SAMPLING = {"together": {"top_p": 0.95, "extra_body": {"top_k": 50}}, "openai": {}}  # as published
+# As published. Keys of the log are hashes over these values, so their form must stay.
+SAMPLING = {"together": {"top_p": 0.95, "extra_body": {"top_k": 50}}, "openai": {}}
 
 
-def parse_stage(number: int, spec: str | None = None, base_url: str | None = None, temperature: float | None = None,
-                max_tokens: int | None = None, timeout: float | None = None) -> Stage:
+def parse_stage(number: int, spec: str | None = None, base_url: str | None = None,
+                temperature: float | None = None, max_tokens: int | None = None,
+                timeout: float | None = None) -> Stage:
     """Stage 1 or 2 from PROVIDER:MODEL and settings; what is None is as published."""
     published = PUBLISHED[number]
-    spec = published.name if spec is None else spec
-    provider, _, model = spec.partition(":")
-    if provider not in api.PROVIDERS or not model.strip():
-        fail(USAGE, f'judge "{spec}" is not PROVIDER:MODEL',
-                  f"such as {published.name}; providers: {', '.join(api.PROVIDERS)} (openai: any compatible server)")
+    named = published.name if spec is None else spec
+    provider, model = api.parse_spec(named, f"--judge{number}", tuple(api.PROVIDERS))
     given = {"temperature": temperature, "max_tokens": max_tokens, "timeout": timeout}
     return published._replace(
-        provider=provider, model=model, base_url=api.normalise_url(base_url or api.PROVIDERS[provider][0]),
+        provider=provider, model=model,
+        base_url=api.normalise_url(base_url or api.PROVIDERS[provider][0]),
         **{name: value for name, value in given.items() if value is not None})
 
 
 class Judgement(NamedTuple):
-    """What one model said about one reply: score 1..10, or None and the reason why there is none.
+    """What one model says about one reply: score 1..10, or None and the reason for it.
 
-    reason: parse, empty, truncated, filtered, timeout or http_error. text: the raw answer, or what went wrong.
+    reason: parse, empty, truncated, filtered, timeout or http_error. text: the raw answer, or what
+    went wrong.
     """
 
     score: int | None
@@ -91,32 +82,41 @@ class Verdict(NamedTuple):
     stage2: Judgement | None
 
 
+# ---- two stages ---------------------------------------------------------------------------------
+
 POLICIES = ("published", "first", "second", "both", "mean")
 
 
 def needs_second(policy: str, first: Judgement | None) -> bool:
     """Whether stage 2 is asked; as published, where stage 1 gave no rating or one below 6."""
-    return policy in ("second", "both", "mean") or policy == "published" and (first.score is None or first.score < 6)
+    return policy in ("second", "both", "mean") or (
+        policy == "published" and (first.score is None or first.score < 6))
 
 
 def decide(policy: str, first: Judgement | None, second: Judgement | None) -> Verdict:
-    """Join two stages: published and second take the last one asked, both the lower score, mean the average.
+    """Join two stages: published and second take the last one asked, both the lower score, mean the
+    average.
 
-    As published, stage 2 can only overturn a bad rating, never a good one, so its rate of incoherence is low
-    by construction; `both` errs on the other side. A stage that was needed and gave no rating leaves the reply
-    unscored.
+    As published, stage 2 can only overturn a bad rating, never a good one, so its incoherence rate
+    is low by construction; `both` errs on the other side. A stage that was needed and gave no
+    rating leaves the reply unscored.
     """
     asked = [judgement for judgement in (first, second) if judgement]
     if policy in ("published", "second"):
         asked = asked[-1:]
     reason = next((judgement.reason for judgement in asked if judgement.score is None), None)
+    if reason:
+        return Verdict(None, reason, first, second)
     scores = [judgement.score for judgement in asked]
-    score = None if reason else float(sum(scores) / len(scores) if policy == "mean" else min(scores))
-    return Verdict(score, reason, first, second)
+    score = sum(scores) / len(scores) if policy == "mean" else min(scores)
+    return Verdict(float(score), None, first, second)
+
+
+# ---- asking -------------------------------------------------------------------------------------
 
 
 class Call(NamedTuple):
-    """One call to make: its key in the log, the reply and the whole message."""
+    """One call to make: its key in the log, the reply, and the whole message."""
 
     key: str
     reply: str
@@ -124,9 +124,10 @@ class Call(NamedTuple):
 
 
 def plan_call(stage: Stage, row: dict, reply: str, repeat: int = 0) -> Call:
-    """The key hashes all that an answer depends on; the nonce comes from the key, so a rerun asks the same.
+    """The call about one reply. The key hashes all that an answer depends on.
 
-    A reply cannot hold its own nonce, which is a hash of that reply.
+    The nonce comes from the key, so a rerun asks the same; and a reply cannot hold its own nonce,
+    since that is a hash of the reply.
     """
     draft = judge_prompt(row, reply, "")
     settings = [stage.temperature, stage.max_tokens, SAMPLING[stage.provider]]
@@ -135,105 +136,114 @@ def plan_call(stage: Stage, row: dict, reply: str, repeat: int = 0) -> Call:
 
 
 class APIJudge:
-    """The two-stage judge. Constructing it reads keys and connects to nothing yet; dies without a key.
+    """The two-stage judge. Constructing it reads keys, and fails without one; nothing is sent yet.
 
-    stages: (first, second). log_file: JSONL, a line per judgement, appended as they come in; what it holds is
-    not asked again, but for timeouts and HTTP errors. max_connections: calls at a time. timeout_total: seconds
-    for a call with its repeats. repeat: the index of a repeated judging of the same replies.
+    stages: (first, second). log_file: JSONL, a line per judgement, appended as they come in; what
+    it holds is not asked again, except for timeouts and HTTP errors. max_connections: calls at a
+    time. timeout_total: seconds for a call with its repeats. repeat: the index of a repeated
+    judging of the same replies.
     """
 
-    def __init__(self, stages: list[Stage], policy: str, log_file: str | Path, max_connections: int = 16,
-                 timeout_total: float = 600.0, key_file: str | None = None, repeat: int = 0):
-        self.stages, self.policy, self.log_file = stages, policy, Path(log_file)
-        self.max_connections, self.timeout_total, self.repeat = max_connections, timeout_total, repeat
+    def __init__(self, stages: list[Stage], policy: str, log_file: str | Path,
+                 max_connections: int = 16, timeout_total: float = 600.0,
+                 key_file: str | None = None, repeat: int = 0):
+        self.stages, self.policy, self.repeat = stages, policy, repeat
+        self.log_file = Path(log_file)
         unused = {"first": 1, "second": 0}.get(policy)
-        self.clients = [
-            None if i == unused else api.connect(
-                stage.base_url, stage.timeout, stage.provider, key_file,
-                "export it, put it into a --key_file, or use --judge local, a proxy that needs none")
+        way_out = "export it, put it into a --key_file, or use --judge local, a proxy without a key"
+        self.engines = [
+            None if i == unused else Server(
+                api.Spec(stage.provider, stage.model), stage.base_url, key_file, max_connections,
+                stage.timeout, timeout_total, tolerant=True, way_out=way_out)
             for i, stage in enumerate(stages)]
 
     def describe(self) -> dict:
         """What a summary should say of this judge."""
-        used = [stage for stage, client in zip(self.stages, self.clients, strict=True) if client]
-        return {"name": "two-stage API judge", "policy": self.policy, "stages": [stage.name for stage in used],
-                "base_urls": [stage.base_url for stage in used], "temperature": [stage.temperature for stage in used],
+        used = [stage for stage, engine in zip(self.stages, self.engines, strict=True) if engine]
+        return {"name": "two-stage API judge", "policy": self.policy,
+                "stages": [stage.name for stage in used],
+                "base_urls": [stage.base_url for stage in used],
+                "temperature": [stage.temperature for stage in used],
                 "max_tokens": [stage.max_tokens for stage in used], "rubric": RUBRIC}
 
-    def judge(self, items: list[tuple[dict, str]], progress: Callable = lambda results, **_: results) -> list[Verdict]:
+    def judge(self, items: list[tuple[dict, str]],
+              progress: Callable[..., Iterable] = lambda results, **_: results) -> list[Verdict]:
         """A verdict for each (row, reply); equal items share one call. progress: such as tqdm.
 
-        Leaves with 5 where a provider refuses, with 75 where one cannot be reached; the log keeps what came in.
+        Exits with REFUSED where a provider refuses, with TRY_LATER where one cannot be reached; the
+        log keeps what came in.
         """
-        calls = [[plan_call(stage, row, reply, self.repeat) for row, reply in items] for stage in self.stages]
-        log = read_log(self.log_file, {call.key for stage_calls in calls for call in stage_calls})
+        calls = [[plan_call(stage, row, reply, self.repeat) for row, reply in items]
+                 for stage in self.stages]
+        log = read_log(self.log_file, {call.key for of_stage in calls for call in of_stage})
         verdicts = [Verdict(None, None, None, None)] * len(items)
         for number, field in enumerate(("stage1", "stage2")):
             if number == 0 and self.policy == "second":
                 continue
-            asked = [i for i, verdict in enumerate(verdicts) if number == 0 or needs_second(self.policy, verdict.stage1)]
-            self.ask_all(number, [calls[number][i] for i in asked], log, progress)
+            asked = [i for i, verdict in enumerate(verdicts)
+                     if number == 0 or needs_second(self.policy, verdict.stage1)]
+            self._complete_log(number, [calls[number][i] for i in asked], log, progress)
             for i in asked:
                 verdicts[i] = verdicts[i]._replace(**{field: log[calls[number][i].key]})
         return [decide(self.policy, verdict.stage1, verdict.stage2) for verdict in verdicts]
 
-    def ask_all(self, number: int, calls: list[Call], log: dict[str, Judgement], progress: Callable) -> None:
+    def _complete_log(self, number: int, calls: list[Call], log: dict[str, Judgement],
+                      progress: Callable[..., Iterable]) -> None:
         """Ask one stage what the log does not hold yet; answers go into the log and its file."""
-        stage, client = self.stages[number], self.clients[number]
+        stage = self.stages[number]
         calls = list({call.key: call for call in calls}.values())
         todo = [call for call in calls if call.key not in log]
         if len(todo) < len(calls):
-            info(f"{len(calls) - len(todo)} of {len(calls)} judgements of {stage.name} are in {self.log_file}")
+            info(f"{len(calls) - len(todo)} of {len(calls)} judgements of {stage.name} "
+                 f"are in {self.log_file}")
         if not todo:
             return
-        failed, answered = 0, 0  # in a row; at all
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        results = api.work(lambda call: ask(client, stage, call, self.timeout_total), todo, self.max_connections)
+        # no seeds: not every server knows them, and a judge is not asked twice
+        results = self.engines[number].ask(
+            [call.message for call in todo], None, 1, stage.max_tokens, stage.temperature,
+            **SAMPLING[stage.provider])
         try:
-            for entry in progress(results, total=len(todo), desc=stage.name):
+            for asked in progress(results, total=len(todo), desc=stage.name):
+                entry = _log_entry(stage, todo[asked.index], asked)
                 utils.append_jsonl(self.log_file, [entry])
-                log[entry["key"]] = to_judgement(entry)
-                failed = failed + 1 if entry["reason"] in PASSING else 0
-                answered += not failed
-                if failed >= MAX_FAILED_IN_A_ROW and not (entry["lasting"] and answered):
-                    raise api.Stopped(5 if entry["lasting"] else 75, f"{failed} calls failed in a row: {entry['text']}")
-        except api.Stopped as stop:
-            code, what = stop.args
-            look = f"check {api.PROVIDERS[stage.provider][1]}, the judge's model and address; " if code == 5 else ""
-            done = sum(call.key in log and log[call.key].reason not in PASSING for call in calls)
-            fail(code, f"judge {stage.name} at {stage.base_url}: {what}; {done} of {len(calls)} are judged",
-                      f"{look}the same command goes on from {self.log_file}")
+                log[entry["key"]] = _judgement_of(entry)
+        except api.RunStopped as stop:
+            done = sum(call.key in log and log[call.key].reason not in TRANSIENT for call in calls)
+            key_name = api.PROVIDERS[stage.provider][1]
+            look = (f"check {key_name}, the judge's model and address; "
+                    if stop.code == REFUSED else "")
+            fail(stop.code, f"judge {stop.what}; {done} of {len(calls)} are judged",
+                 f"{look}the same command goes on from {self.log_file}")
 
 
-PASSING = ("timeout", "http_error")  # reasons that say nothing about the reply; a later run asks again
+# ---- the log ------------------------------------------------------------------------------------
+
+TRANSIENT = ("timeout", "http_error")  # reasons that are not the reply's: the next run asks again
 
 
-def ask(client, stage: Stage, call: Call, timeout_total: float) -> dict:
-    """One call with its repeats, as a line of the log."""
-    waits: list[float] = []
-    options = {"temperature": stage.temperature, **SAMPLING[stage.provider]}
-    lasting = False
-    try:
-        answer = api.retrying(
-            lambda: api.chat(client, stage.model, [{"role": "user", "content": call.message}], stage.max_tokens, **options),
-            time.monotonic() + timeout_total, on_retry=lambda what, wait: waits.append(wait))
-        reason = api.UNUSABLE.get(answer.finish_reason)
-        score = None if reason else parse_rating(answer.text)
-        reason = reason or (None if score else "parse")
-        judgement = Judgement(score, reason, answer.served_model, answer.text, answer.tokens)
-    except api.Failed as failed:
-        what, passing = failed.args
-        judgement, lasting = Judgement(None, api.kind(failed.__cause__), "", what), not passing
-    return {"key": call.key, "judge": stage.name, "rubric": RUBRIC, "reply": call.reply, **judgement._asdict(),
-            "retries": len(waits), "lasting": lasting}
+def _log_entry(stage: Stage, call: Call, asked: Asked) -> dict:
+    """What became of a call, as a line of the log."""
+    if asked.failure:
+        judgement = Judgement(None, asked.failure.kind, "", asked.failure.what)
+    else:
+        [reply] = asked.replies
+        # an answer that is not complete may quote a rating and never come to its own
+        reason = api.UNUSABLE.get(reply.finish_reason)
+        score = None if reason else parse_rating(reply.text)
+        judgement = Judgement(score, reason or (None if score else "parse"), reply.served_model,
+                              reply.text, reply.total_tokens)
+    lasting = asked.failure is not None and not asked.failure.transient
+    return {"key": call.key, "judge": stage.name, "rubric": RUBRIC, "reply": call.reply,
+            **judgement._asdict(), "retries": asked.retries, "lasting": lasting}
 
 
-def to_judgement(entry: dict) -> Judgement:
+def _judgement_of(entry: dict) -> Judgement:
     return Judgement(*(entry[field] for field in Judgement._fields))
 
 
 def read_log(path: Path, keys: set[str]) -> dict[str, Judgement]:
-    """Finished judgements of a log by key, of `keys` alone. Other lines stay in the file and are counted, once."""
+    """The finished judgements with these keys. Other lines stay in the file and are counted."""
     utils.repair_tail(path)
     log, others, bad = {}, 0, 0
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -241,19 +251,21 @@ def read_log(path: Path, keys: set[str]) -> dict[str, Judgement]:
             continue
         try:
             entry = utils.parse_line(line.decode("utf-8"))
-            judgement = to_judgement(entry)
-            if not (judgement.score in RATINGS if judgement.reason is None else judgement.score is None):
-                raise ValueError
-            wanted = entry["key"] in keys
+            judgement, is_asked = _judgement_of(entry), entry["key"] in keys
         except (ValueError, KeyError, TypeError):
             bad += 1
             continue
-        if not wanted:
+        scored, unscored = judgement.score in RATINGS, judgement.score is None
+        if not (scored if judgement.reason is None else unscored):
+            bad += 1
+        elif not is_asked:
             others += 1
-        elif judgement.reason not in PASSING:
+        elif judgement.reason not in TRANSIENT:
             log[entry["key"]] = judgement
     if others:
-        info(f"{path} holds {others} judgements of other replies, models, settings or rubrics; not reused")
+        info(f"{path} holds {others} judgements of other replies, models, settings or rubrics; "
+             "not reused")
     if bad:
-        info(f"{path} holds {bad} lines that are no judgements; they are left there and asked for again")
+        info(f"{path} holds {bad} lines that are no judgements; they are left there and asked for "
+             "again")
     return log
