@@ -1,16 +1,26 @@
-"""How an evaluation is shown: the table in the terminal, and one HTML page that needs nothing else.
+"""The table of an evaluation in the terminal: the common figures, and any tables of a method.
 
-Both read the summary that eval.py writes as eval_logs/X.json. The page also gets the rows, with every reply, its class
-and its verdict. It holds its styles, its script and its drawings inline, asks no server for anything, and is whole
-without JavaScript but for searching and sorting.
+It reads the summary that eval.py writes as eval_logs/X.json; the page shows the same figures.
 """
 
 from __future__ import annotations
 
-METRICS = [  # key in the summary, name, unit or meaning, whether more is better (1), worse (-1) or neither (0), digits
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from scoring.evaluated import Figure, Table, is_clear, with_half, with_interval
+
+# key in the summary, name, unit or meaning, whether more is better (1), worse (-1) or neither (0),
+# digits
+METRICS = [
     ("together", [
         ("yield@k", "yield@{k}", "different and coherent replies of {k}", 1, 2),
-        ("utility_k", "utility@{k}", "rating of the first reply of each class, discounted by 0.8 a reply", 1, 2),
+        ("utility_k", "utility@{k}",
+         "rating of the first reply of each class, discounted by 0.8 a reply", 1, 2),
     ]),
     ("coherence", [
         ("coherent", "coherent", "share of the judged replies", 1, 2),
@@ -41,9 +51,13 @@ METRICS = [  # key in the summary, name, unit or meaning, whether more is better
     ]),
 ]
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}  # which way is better, if one is
+WIDTH = 100  # columns where the terminal does not say: README and log files
 
 
-def rows_of(summary: dict):
+# ---- what both the table and the page show ------------------------------------------------------
+
+
+def rows_of(summary: dict) -> Iterator[tuple[str, str, str, str, int, int]]:
     """(section, key, name, meaning, better, digits) of every metric that some system has."""
     k = summary["k"]
     for section, group in METRICS:
@@ -53,104 +67,149 @@ def rows_of(summary: dict):
                 yield section, key, name.format(k=k), meaning.format(k=k), better, digits
 
 
-def mean_of(figure) -> float | None:
-    return figure[0] if isinstance(figure, list) else figure
-
-
 def rewards_noise(summary: dict, key: str, better: int) -> bool:
     """Whether a degenerate control beats every system on a metric."""
-    values = {c: [better * mean_of(s[key]) for s in summary["systems"].values() if s.get(key) is not None and s["control"] == c]
-              for c in (True, False)}
-    return bool(better and values[True] and values[False] and max(values[True]) > max(values[False]))
-
-
-def short(figure, digits: int, sign: str = "") -> str:
-    """'4.42 ±0.28' (the longer side of the interval), or a dash where there is no figure."""
-    if figure is None:
-        return "—"
-    if not isinstance(figure, list):
-        return f"{figure:{sign}.{digits}f}"
-    return f"{round(figure[0], digits) + 0.0:{sign}.{digits}f} ±{max(figure[2] - figure[0], figure[0] - figure[1]):.{digits}f}"
-
-
-def clear(figure) -> bool:
-    """Whether a difference's interval leaves out zero."""
-    return figure is not None and not figure[1] <= 0 <= figure[2]
+    values: dict[bool, list[float]] = {True: [], False: []}
+    for system in summary["systems"].values():
+        if system.get(key) is not None:
+            values[system["control"]].append(better * system[key]["mean"])
+    both = values[True] and values[False]
+    return bool(better and both and max(values[True]) > max(values[False]))
 
 
 def headline(summary: dict) -> list[str]:
     """One sentence a system: its yield, and the difference from the first with its interval."""
     k, names = summary["k"], [name for name, s in summary["systems"].items() if not s["control"]]
-    said = []
+    sentences = []
     for name in names:
         figure = summary["systems"][name].get(f"yield@{k}")
         if figure is None:
             continue
-        text = f"{name}: {figure[0]:.2f} of {k} replies are coherent and different"
+        text = f"{name}: {figure['mean']:.2f} of {k} replies are coherent and different"
         difference = summary["differences"].get(f"{name} - {names[0]}", {}).get(f"yield@{k}")
         if difference:
-            text += f", {difference[0]:+.2f} [{difference[1]:+.2f}, {difference[2]:+.2f}] against {names[0]}"
-        said.append(text)
-    return said
+            text += f", {with_interval(difference, sign='+')} against {names[0]}"
+        sentences.append(text)
+    return sentences
 
 
-def canary_text(result: dict) -> str:
-    """How many replies that try to talk the judge round got more than the same reply without the attempt."""
-    if not result["scored"]:
-        return "; none of its canaries was scored"
-    above = result["above_clean_twin"]
-    return f"; {above} of {result['scored']} replies that try to talk it round were rated above their clean twins"
+def notes(summary: dict) -> list[str]:
+    """The judge with its agreement, what was left out, empty or unscored, and further figures."""
+    sentences = [summary["judge"]["text"]]
+    k, drawn = summary["k"], summary.get("drawn")
+    if k and drawn and drawn > k:
+        sentences.append(f"the first {k} of {drawn} replies a prompt are looked at, since all "
+                         "their pairs are compared")
+    for name, system in summary["systems"].items():
+        if system["control"]:
+            continue
+        text = (f"{name}: {system['rows']} rows, {system['responses']} responses, "
+                f"{system['empty']} empty")
+        if system.get("unscored") is not None:
+            why = ", ".join(f"{count} {reason}" for reason, count in system["unscored"].items())
+            text += f", {sum(system['unscored'].values())} unscored" + (f" ({why})" if why else "")
+        if (rate := system.get("incoherence_rate")) is not None:
+            text += f"; Incoherence rate: {100 * rate['mean']:.1f}"
+        sentences.append(text)
+    for pair, matched in summary["matched"].items():
+        if matched["left_out"] and "control" not in pair:
+            sentences.append(
+                f"{pair} at equal coherence: {matched['prompts']} prompts; {matched['left_out']} "
+                "left out, where one of the two has fewer than two coherent replies")
+    for name, c in summary["controllability"].items():
+        sentences.append(
+            f"{name}: mutual information of number and class {c['excess']:.3f} nats above chance "
+            f"(p {c['p_value']:.3f}); a number keeps its class over seeds in "
+            f"{100 * c['stable']:.0f} %, two numbers coincide in {100 * c['coincide']:.0f} %")
+    return sentences
 
 
-def print_table(summary: dict) -> None:
-    """Metrics as rows and systems as columns, then the paired differences, the judge, and what was left out."""
-    from rich.console import Console
+# ---- the terminal -------------------------------------------------------------------------------
 
-    console = Console(highlight=False)
-    width = max(60, console.width) if console.is_terminal else 100
-    console = Console(width=width, highlight=False)
-    systems = summary["systems"]
-    metrics = list(rows_of(summary))
-    noisy = {key for _, key, _, _, better, _ in metrics if rewards_noise(summary, key, better)}
-    cells = [(section, name + ARROWS[better] + " †" * (key in noisy),
-              {s: short(systems[s].get(key), digits) for s in systems}) for section, key, name, _, better, digits in metrics]
-    print_blocks(console, f"{summary['rows']} prompts x {summary['k']} replies; mean ± 95 % interval", cells,
-                 {name: name.replace(": ", ":\n") for name in systems})
-    first = next(iter(systems))
-    columns = {name: name.removesuffix(f" - {first}").replace(": ", ":\n") for name in summary["differences"]}
-    digits_of = {key: (section, name, digits) for section, key, name, _, _, digits in metrics}
-    cells = []
-    for key, (section, name, digits) in digits_of.items():
-        figures = {c: summary["differences"][c].get(key) for c in columns}
-        if any(figures.values()):
-            cells.append((section, name, {c: short(f, digits, "+") + "*" * clear(f) for c, f in figures.items()}))
-    matched = summary["matched"]
-    for key in digits_of:
-        figures = {c: matched[c]["measures"].get(key) if c in matched else None for c in columns}
-        if any(figures.values()):
-            cells.append(("at equal coherence", f"{digits_of[key][1]}, eq. coh.", {c: short(f, digits_of[key][2], "+") + "*" * clear(f)
-                                                             for c, f in figures.items()}))
-    if cells:
-        print_blocks(console, f"minus {first}, paired by prompt; * the interval leaves out 0", cells, columns)
+
+def print_common(summary: dict) -> None:
+    """Metrics as rows and systems as columns, then the paired differences, and the notes."""
+    console = _console(WIDTH)
+    shown = list(rows_of(summary))
+    noisy = {key for _, key, _, _, better, _ in shown if rewards_noise(summary, key, better)}
+    if shown:
+        systems = summary["systems"]
+        cells = [(section, name + ARROWS[better] + " †" * (key in noisy),
+                  {s: with_half(systems[s].get(key), digits) for s in systems})
+                 for section, key, name, _, better, digits in shown]
+        _print_blocks(
+            console, f"{summary['rows']} prompts x {summary['k']} replies; mean ± 95 % interval",
+            cells, {name: name.replace(": ", ":\n") for name in systems})
+    _print_differences(console, summary, shown)
     for text in [*headline(summary), *notes(summary)]:
         console.print(text, markup=False)
     if noisy:
-        console.print("† a degenerate control beats every system: this figure rewards noise or repetition")
+        console.print("† a degenerate control beats every system: this figure rewards noise or "
+                      "repetition")
 
 
-def print_blocks(console, title: str, rows: list[tuple[str, str, dict]], columns: dict[str, str]) -> None:
+def print_tables(tables: list[Table]) -> None:
+    """Tables of texts, each with its notes; as wide as their cells ask for where no one looks."""
+    for table in tables:
+        console = _console(max(WIDTH, _natural_width(table)))
+        shown = RichTable(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD,
+                          show_edge=False, pad_edge=False)
+        for i, column in enumerate(table.columns):
+            shown.add_column(escape(column), justify="right" if i else "left")
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print()
+        if table.rows:
+            console.print(shown)
+        for note in table.notes:
+            console.print(note, markup=False)
+
+
+def _console(width: int) -> Console:
+    """A console as wide as the terminal, or of a set width where the output is no terminal."""
+    console = Console(highlight=False)
+    return Console(width=max(60, console.width) if console.is_terminal else width, highlight=False)
+
+
+def _natural_width(table: Table) -> int:
+    """Columns that a table needs so that no cell is folded."""
+    widths = [max(map(len, cells)) for cells in zip(table.columns, *table.rows, strict=True)]
+    return sum(widths) + 2 * len(widths)
+
+
+def _print_differences(console: Console, summary: dict, shown: list[tuple]) -> None:
+    """Each system minus the first, paired by prompt, then at equal coherence."""
+    first = next(iter(summary["systems"]))
+    columns = {name: name.removesuffix(f" - {first}").replace(": ", ":\n")
+               for name in summary["differences"]}
+    matched, cells = summary["matched"], []
+
+    def add(section: str, name: str, digits: int, figures: dict[str, Figure | None]) -> None:
+        if any(figures.values()):
+            cells.append((section, name, {column: with_half(f, digits, "+") + "*" * is_clear(f)
+                                          for column, f in figures.items()}))
+
+    for section, key, name, _, _, digits in shown:
+        add(section, name, digits, {c: summary["differences"][c].get(key) for c in columns})
+    for _, key, name, _, _, digits in shown:
+        add("at equal coherence", f"{name}, eq. coh.", digits,
+            {c: matched[c]["measures"].get(key) if c in matched else None for c in columns})
+    if cells:
+        _print_blocks(console, f"minus {first}, paired by prompt; * the interval leaves out 0",
+                      cells, columns)
+
+
+def _print_blocks(console: Console, title: str, rows: list[tuple[str, str, dict]],
+                  columns: dict[str, str]) -> None:
     """rows of (section, name, cells by column), in as many tables as the width asks for."""
-    from rich import box
-    from rich.markup import escape as plain
-    from rich.table import Table
-
     names = list(columns)
     fits = max(1, (console.width - 22) // 15)
     for start in range(0, len(names), fits):
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = RichTable(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD,
+                          show_edge=False, pad_edge=False)
         table.add_column("", no_wrap=True)
         for name in names[start : start + fits]:
-            table.add_column(plain(columns[name]), justify="right", max_width=13, overflow="fold",
+            table.add_column(escape(columns[name]), justify="right", max_width=13, overflow="fold",
                              style="dim" if name.startswith("control") else None)
         for i, (section, name, cells) in enumerate(rows):
             if i and section != rows[i - 1][0]:
@@ -158,26 +217,3 @@ def print_blocks(console, title: str, rows: list[tuple[str, str, dict]], columns
             table.add_row(name, *(cells[c] for c in names[start : start + fits]))
         console.print(table)
         console.print()
-
-
-def notes(summary: dict) -> list[str]:
-    """The judge with its agreement, then per system what was empty or unscored, and further measurements."""
-    said = [summary["judge"]["text"]]
-    for name, system in summary["systems"].items():
-        if system["control"]:
-            continue
-        text = f"{name}: {system['rows']} rows, {system['responses']} responses, {system['empty']} empty"
-        if system.get("unscored") is not None:
-            why = ", ".join(f"{count} {reason}" for reason, count in system["unscored"].items())
-            text += f", {sum(system['unscored'].values())} unscored" + (f" ({why})" if why else "")
-        if (rate := system.get("incoherence_rate")) is not None:
-            text += f"; Incoherence rate: {100 * mean_of(rate):.1f}"
-        said.append(text)
-    for pair, matched in summary["matched"].items():
-        if matched["left_out"] and "control" not in pair:
-            said.append(f"{pair} at equal coherence: {matched['prompts']} prompts; {matched['left_out']} left out, "
-                        "where one of the two has fewer than two coherent replies")
-    for name, c in summary["controllability"].items():
-        said.append(f"{name}: mutual information of number and class {c['excess']:.3f} nats above chance (p {c['p_value']:.3f}); "
-                    f"a number keeps its class over seeds in {100 * c['stable']:.0f} %, two numbers coincide in {100 * c['coincide']:.0f} %")
-    return said
