@@ -51,7 +51,7 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
 
 
 def describe(model, tokenizer, rows: list[dict], args) -> dict:
-    """The adapter's settings, which are those of --ckpt_dir and not the flags' with --load_model."""
+    """The adapter's settings; with --load_model those of --ckpt_dir and not the flags'."""
     if not args.load_model:
         return resolve_lora(args, model)
     config = model.peft_config["default"]
@@ -128,7 +128,7 @@ def target_sequences(row: dict, tokenizer) -> list[list[int]]:
 
 
 def distribution_tree(row: dict, tokenizer, weights: list[float]) -> Tree:
-    """A request with its targets as a trie; the leaf of target i under prefix r is branch i * R + r.
+    """A request with its targets as a trie; branch i * R + r is target i under prefix r.
 
     A target's weight is shared evenly by its prefixes. Targets of weight 0 are left out: they have
     no part in the loss.
@@ -161,7 +161,8 @@ def losses_and_floors(
     """
     logps = trees.score_in_parts(model, batch, max_targets or len(batch["last"]), max_tokens)
     weight, row, token = batch["weight"], batch["row"], batch["token"]  # (S,)
-    is_leaf = batch["last"][token] == token  # the last token of a target has the target's own weight
+    # the last token of a target has the weight of that target alone
+    is_leaf = batch["last"][token] == token
     entropy = -weight * weight.log() * is_leaf
     num_rows = batch["num_rows"]
     return (trees.sum_by_row(-weight * logps, row, num_rows),

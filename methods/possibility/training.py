@@ -21,7 +21,7 @@ from trees import LIKELIHOOD, UNLIKELIHOOD, Segment, Tree, branch_prompts
 from utils import info
 
 WORD = re.compile(r"\w+(?:[-'’]\w+)*")
-MIN_COMPLEMENT = 1e-6  # smallest 1 - p in the unlikelihood, as published; below it the gradient is 0
+MIN_COMPLEMENT = 1e-6  # of 1 - p in the unlikelihood, as published; below it the gradient is 0
 
 
 def load_rows(args) -> list[dict]:
