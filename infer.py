@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     done = outputs.begin(save_file, KIND, settings, run)
     speed = draws.answer_rows(rows, job, method.clean, drawing, done, save_file)
     figures = outputs.count_problems(save_file) | {"truncated": job.truncated}
-    figures |= outputs.speed_figures(speed, save_file) | draws.engine_figures(engine, args)
+    figures |= outputs.speed_figures(speed, save_file) | engine.figures()
     outputs.write_summary(save_file, KIND, settings, run, figures)
     print_summary(figures, save_file, drawing)
     method.finish(save_file, figures | {"run": run}, drawing)

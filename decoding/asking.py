@@ -17,7 +17,6 @@ import re
 from dataclasses import dataclass, field
 
 import utils
-from decoding.engines import collect
 from decoding.replies import Drawn, Reply, clean_reply
 from modeling.prompts import build_prompt, keep_latest, label_turns
 
@@ -145,13 +144,14 @@ def draw_in_words(engine, rows: list[dict], args, block: list[int]) -> list[Draw
             break
         temperature = 0.0 if args.decoding == "list" and turn == 0 else args.temperature
         seeds = [utils.row_seed(args.seed, block[place], turn + 1) for place in requests]
-        answers = collect(engine.ask(list(requests.values()), seeds, 1, _answer_tokens(args),
-                                     temperature), len(requests))
-        for place, replies in zip(requests, answers, strict=True):
-            if replies:
-                _read_answer(collected[place], replies[0], args)
+        places = list(requests)
+        for asked in engine.ask(list(requests.values()), seeds, 1, _answer_tokens(args),
+                                temperature):
+            row = collected[places[asked.index]]
+            if asked.replies:
+                _read_answer(row, asked.replies[0], args)
             else:
-                collected[place].failed += 1
+                row.failed += 1
     if args.decoding == "verbalized":
         for index, row in zip(block, collected, strict=True):
             rng = random.Random(f"{args.seed}-{index}")

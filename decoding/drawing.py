@@ -19,7 +19,6 @@ from tqdm import tqdm
 import utils
 from decoding import asking, beams, sampling, selection
 from decoding.api import RunStopped
-from decoding.engines import collect
 from decoding.mixtures import num_responses
 from decoding.replies import Drawn, Reply
 from decoding.table import DECODERS, draw_function, filters_of
@@ -132,8 +131,10 @@ def _draw_from_server(engine, messages: list[list], args, block: list[int]) -> l
                 for k in range(args.num_drawn)]
         at_once = 1
     seeds = [utils.row_seed(args.seed, index) + k for _, index, _, k in jobs]
-    replies = collect(engine.ask([message for _, _, message, _ in jobs], seeds, at_once,
-                                 args.max_new_tokens, temperature), len(jobs))
+    replies: list[list[Reply]] = [[] for _ in jobs]
+    for asked in engine.ask([message for _, _, message, _ in jobs], seeds, at_once,
+                            args.max_new_tokens, temperature):
+        replies[asked.index] = asked.replies  # calls finish in any order, rows keep theirs
     rows: list[list[Reply]] = [[] for _ in block]
     for (place, *_), answered in zip(jobs, replies, strict=True):
         rows[place] += answered
@@ -221,11 +222,3 @@ def _finish_row(row: dict, drawn: Drawn, embedder, args) -> dict:
     if drawn.asked:
         finished["asked"], finished["parsed"] = drawn.asked, drawn.parsed
     return finished
-
-
-def engine_figures(engine, args) -> dict:
-    """What sharing the contexts saved, or what a server said of itself."""
-    if args.engine != "hf":
-        return {"served_models": sorted(engine.served), "retries": dict(engine.retries)}
-    return {"prefill_tokens": engine.prefilled["shared"],
-            "prefill_tokens_without_sharing": engine.prefilled["copied"]}
