@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+from nltk.tokenize import NLTKWordTokenizer
 
 from utils import USAGE, fail
 
 
 def count_words(text: str) -> int:
     """Number of NLTK (Penn Treebank) word tokens, the unit of --max_input_length."""
-    from nltk.tokenize import NLTKWordTokenizer
-
     return len(NLTKWordTokenizer().tokenize(text))
 
 
 def label_turns(context: str | list[str]) -> list[str]:
-    """Name the speakers of a dialogue: the last turn is Person A's, before it Person B's, and so on."""
+    """Name the speakers of a dialogue: the last turn is Person A's, the one before Person B's."""
     turns = context.strip("\n").split("\n") if isinstance(context, str) else list(context)
     count = len(turns)
     return [f"Person {'AB'[(count - 1 - i) % 2]}: {turn}" for i, turn in enumerate(turns)]
 
 
 def keep_latest(turns: list[str], max_words: int) -> list[str]:
-    """The newest turns whose words fit the budget, at least one; an over-long one loses its start."""
+    """The newest turns that fit into max_words, at least one; an over-long one loses its start."""
     kept: list[str] = []
     for turn in reversed(turns):
         if kept and count_words("\n".join([turn, *kept])) > max_words:
             break
         kept.insert(0, turn)
-    if count_words("\n".join(kept)) > max_words:  # only ever the newest turn alone
-        name, _, said = kept[0].partition(": ")
-        words = said.split()
-        low, high = 1, max(1, len(words))  # bisect: the most words from the end that fit
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = count_words(" ".join([f"{name}:", *words[-middle:]])) <= max_words
-            low, high = (middle, high) if fits else (low, middle - 1)
-        kept = [" ".join([f"{name}:", *words[-low:]])]
+    if count_words("\n".join(kept)) > max_words:  # possible only if the newest turn is alone
+        kept = [_cut_start(kept[0], max_words)]
     return kept
 
 
-def build_prompt(row: dict, number: int | None = None, base: bool = False,
-                 turns: list[str] | None = None) -> str:
-    """The user message for one response; the possibility number stands last, so prompts share the rest.
+def _cut_start(turn: str, max_words: int) -> str:
+    """A labelled turn with as many words from its end as fit, at least one."""
+    name, _, text = turn.partition(": ")
+    words = text.split()
+    low, high = 1, max(1, len(words))
+    while low < high:  # bisect: the count is monotonous in the number of words
+        middle = (low + high + 1) // 2
+        fits = count_words(" ".join([f"{name}:", *words[-middle:]])) <= max_words
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return " ".join([f"{name}:", *words[-low:]])
 
-    row: has `context` or `prompt`. base: adds the length hint that an untuned model gets.
+
+def build_prompt(
+    row: dict, number: int | None = None, base: bool = False, turns: list[str] | None = None
+) -> str:
+    """The user message for one response of a row with `context` or `prompt`.
+
+    The possibility number stands last, so that the prompts of a row share all that is before it.
+    base: adds the length hint that an untuned model gets.
     turns: the labelled turns to show, if not all of the context's.
     """
     limit = ", in at most 25 words" if base else ""
@@ -60,19 +67,26 @@ def build_prompt(row: dict, number: int | None = None, base: bool = False,
 
 
 def encode_prompt(tokenizer, message: str) -> list[int]:
-    """Token ids of a user message in the tokenizer's own chat template, up to where the reply starts."""
+    """Token ids of a user message in the tokenizer's chat template, up to where the reply starts.
+
+    Prompt and response are tokenised apart and joined as ids, so that training and inference see
+    the same ids, whatever the response starts with.
+    """
     return encode_messages(tokenizer, [{"role": "user", "content": message}])
 
 
 def encode_messages(tokenizer, messages: list[dict]) -> list[int]:
     """The same for several turns, the last of which is the user's."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has its own
 
 
 def end_of_turn(tokenizer) -> int:
-    """The token that the chat template puts after a reply, which every reply is trained to end with."""
-    reply = "\x02"
+    """The token that the chat template puts after a reply; every reply is trained to end with it.
+
+    It is not always eos: the base and many fine-tunes of Llama 3 end a turn with another token.
+    """
+    reply = "\x02"  # no template contains it
     messages = [{"role": "user", "content": "\x01"}, {"role": "assistant", "content": reply}]
     tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(reply)[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -82,19 +96,37 @@ def end_of_turn(tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-def fit_prompts(row: dict, numbers: list[int | None], tokenizer, max_words: int, max_tokens: int,
-                base: bool = False) -> tuple[list[list[int]], int]:
-    """Token ids of one prompt per number, the oldest turns dropped until all fit, and how many went.
+def fit_prompts(
+    row: dict,
+    numbers: list[int | None],
+    tokenizer,
+    max_words: int,
+    max_tokens: int,
+    base: bool = False,
+) -> tuple[list[list[int]], int]:
+    """Token ids of one prompt per number, and how many of the oldest turns were dropped to fit.
 
-    Returns ([], dropped) if not even the newest turn fits; replies are never cut.
+    All prompts of a row lose the same turns. Returns ([], dropped) if not even the newest turn
+    fits; replies are never cut.
     """
-    return fit_messages(row, lambda turns: [build_prompt(row, n, base, turns) for n in numbers],
-                        tokenizer, max_words, max_tokens)
+
+    def write(turns: list[str] | None) -> list[str]:
+        return [build_prompt(row, number, base, turns) for number in numbers]
+
+    return fit_messages(row, write, tokenizer, max_words, max_tokens)
 
 
-def fit_messages(row: dict, write: Callable[[list[str] | None], list[str]], tokenizer, max_words: int,
-                 max_tokens: int) -> tuple[list[list[int]], int]:
-    """Like fit_prompts, for the user messages write(turns); turns is None for a row with a `prompt`."""
+def fit_messages(
+    row: dict,
+    write: Callable[[list[str] | None], list[str]],
+    tokenizer,
+    max_words: int,
+    max_tokens: int,
+) -> tuple[list[list[int]], int]:
+    """Like fit_prompts, for the user messages that write(turns) returns.
+
+    turns is None for a row with a `prompt`.
+    """
     turns = label_turns(row["context"]) if "context" in row else None
     kept = turns and keep_latest(turns, max_words)
     cut = int(bool(turns) and kept[-1] != turns[-1])  # the newest turn itself lost its start
@@ -107,13 +139,23 @@ def fit_messages(row: dict, write: Callable[[list[str] | None], list[str]], toke
             return [], len(turns or ())
 
 
-def refuse_special_tokens(rows: list[dict], tokenizer, path: str, allowed: tuple[str, ...] | list[str] = ()) -> None:
-    """Data that spells a special token would end its own turn: die and name the row. allowed: new tokens of a checkpoint."""
-    marks = set(tokenizer.all_special_tokens) | {str(t) for t in tokenizer.added_tokens_decoder.values()}
-    marks = sorted(m for m in marks if not m.isspace() and m not in allowed)
+def refuse_special_tokens(
+    rows: list[dict], tokenizer, path: str, allowed: Iterable[str] = ()
+) -> None:
+    """Die over a row whose text contains a special token, which would end its own turn.
+
+    allowed: new tokens of a checkpoint, which are meant to be written.
+    """
+    marks = set(tokenizer.all_special_tokens)
+    marks |= {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    marks = sorted(mark for mark in marks - set(allowed) if not mark.isspace())
+    escaped = {mark: json.dumps(mark, ensure_ascii=False)[1:-1] for mark in marks}
     for number, row in enumerate(rows, 1):
         text = json.dumps(row, ensure_ascii=False)
-        found = [mark for mark in marks if json.dumps(mark, ensure_ascii=False)[1:-1] in text]
-        if found:
-            fail(USAGE, f"{row.get('file', path)}: row {number} spells the special token {found[0]}",
-                "write it differently: the tokenizer would read it as a command")
+        present = [mark for mark in marks if escaped[mark] in text]
+        if present:
+            fail(
+                USAGE,
+                f"{row.get('file', path)}: row {number} contains the special token {present[0]}",
+                "write it differently: the tokenizer would read it as a command",
+            )
