@@ -75,7 +75,7 @@ class HFJudge:
         return probability @ np.array(RATINGS) / rating_mass, rating_mass
 
     def probabilities(self, row: dict, replies: list[str]) -> np.ndarray:
-        """Each rating's probability (N, 10): a context, N replies below it, ten ratings below each."""
+        """Each rating's probability, (N, 10): one context, N replies, ten ratings below each."""
         root = branch_prompts(self.encode(row, replies), list(range(len(replies))))
         for i, child in enumerate(root.children):
             child.input_ids += self.prefix
@@ -115,7 +115,8 @@ class HFJudge:
 def references(row: dict) -> list[str]:
     """The replies that are known to belong to a row: its candidates, or its one response."""
     candidates = row.get("candidates") or []
-    return candidates or ([row["response"]] if row.get("response") else [])
+    response = row.get("response")  # a list in rows of method diffuse: the prefixes of its targets
+    return candidates or ([response] if isinstance(response, str) and response else [])
 
 
 def why_not_calibrated(rows: list[dict]) -> str | None:
