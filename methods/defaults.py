@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 import utils
 from modeling.adapters import resolve_lora
+from scoring.evaluated import Evaluated, Table
 from utils import USAGE, fail
 
 # ---- training -----------------------------------------------------------------------------------
@@ -92,3 +93,16 @@ def no_talk(engine, args) -> None:
     """talk of a method that has no chat."""
     fail(USAGE, f"--interactive does not work with method {args.method}",
          "it talks to a persona of method spt")
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+def common_only(systems: dict[str, list[dict]], sources, args) -> Evaluated:
+    """measure of a method that has no figures beside the common ones."""
+    return Evaluated({}, [])
+
+
+def no_tables(summary: dict) -> list[Table]:
+    """tables of such a method."""
+    return []

@@ -261,7 +261,7 @@ def controllability(measured: dict[str, list[dict]], sources: Sources, classifie
     for name in sources.files:
         settings = sources.settings(name) or {}
         if settings.get("method") in HANDLED:
-            rest = {k: v for k, v in settings.items() if k not in ("seed", "save_file")}
+            rest = {key: value for key, value in settings.items() if key != "seed"}
             runs.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     found = {}
     for names in (names for names in runs.values() if len(names) > 1):

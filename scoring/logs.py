@@ -11,17 +11,17 @@ from modeling.prompts import label_turns
 from scoring.evaluated import CONTROL, Evaluated
 from utils import atomic_write, text_of
 
-HIDDEN = ("prompt", "words", "judge1", "judge2")  # of a verdict; X.judgements.jsonl has them
+HIDDEN = ("prompt", "shown", "judge1", "judge2")  # of a verdict; X.judgements.jsonl has them
 MAX_HEAT = 30  # replies whose cosines a page draws; a square of more cells cannot be read
 
 
-def write(save_file: Path, result: Evaluated, page: str,
+def write(save_file: Path, result: Evaluated, page: str | None = None,
           parts: Mapping[str, Evaluated] | None = None) -> None:
     """Write an evaluation beside save_file, whose suffix does not matter; ValueError over nan.
 
-    result: summary X.json, lines X.jsonl. page: X.html. parts: what methods measured, by their
-    folder's name; lines X.<folder>.jsonl, their summary is in result's already. Further files of
-    both go beside them. X.json comes last: where it is there, the rest is.
+    result: summary X.json, lines X.jsonl. page: X.html, if any. parts: what methods measured, by
+    their folder's name; lines X.<folder>.jsonl, their summary is in result's already. Further files
+    of both go beside them. X.json comes last: where it is there, the rest is.
     """
     base = save_file.with_suffix("")
     for name, part in {"": result, **(parts or {})}.items():
@@ -31,7 +31,8 @@ def write(save_file: Path, result: Evaluated, page: str,
             path = _beside(base, suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    atomic_write(_beside(base, ".html"), page)
+    if page is not None:
+        atomic_write(_beside(base, ".html"), page)
     atomic_write(_beside(base, ".json"),
                  json.dumps(result.summary, indent=1, ensure_ascii=False, allow_nan=False))
 
@@ -81,7 +82,7 @@ def page_prompts(measured: dict[str, list[dict]]) -> list[dict]:
             m = rows[i]
             systems[name] = {
                 "replies": [{"text": text, "class": c, "coherent": verdict["coherent"],
-                             "verdict": verdict.get("words", ""), "why": _answers_of(verdict)}
+                             "verdict": verdict.get("shown", ""), "why": _answers_of(verdict)}
                             for text, c, verdict in zip(m["preds"], m["classes"], m["verdicts"],
                                                         strict=True)],
                 "yield": m["yield"],

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+import utils
 from modeling.checkpoints import load_checkpoint
 from modeling.embedder import load_embedder
-from utils import EMBEDDED, made_by
+from utils import EMBEDDED, USAGE, fail, info, made_by
 
 
 class NoModel(Exception):
@@ -63,6 +64,44 @@ class Sources:
     def embedder(self):
         """The sentence embedder, which remembers every text that it has seen."""
         return load_embedder()
+
+
+def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
+    """The rows of every file by its stem; all files must hold the same rows.
+
+    Rows with fewer responses than others of their file, since a list could not be read or a server
+    refused, are padded with empty ones, which count as incoherent.
+    """
+    systems: dict[str, list[dict]] = {}
+    for file in files:
+        rows = utils.read_jsonl(file, _check_response)[:limit]
+        name = Path(file).stem
+        if name in systems:
+            fail(USAGE, f"--eval_file: two files are called {name}", "rename one")
+        first = next(iter(systems.values()), rows)
+        if [utils.row_hash(row) for row in rows] != [utils.row_hash(row) for row in first]:
+            fail(USAGE, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
+                 "compare files made from one --test_file")
+        k = max(len(row["preds"]) for row in rows)
+        if not k:
+            fail(USAGE, f"{file} holds no responses at all",
+                 "look into its warnings, and draw again")
+        if missing := sum(k - len(row["preds"]) for row in rows):
+            info(f"{file}: {missing} of {k * len(rows)} responses are missing; they count as "
+                 "empty")
+        systems[name] = [row | {"preds": row["preds"] + [""] * (k - len(row["preds"]))}
+                         for row in rows]
+    return systems
+
+
+def _check_response(row: dict) -> str | None:
+    """What is wrong with a row of outs/X.jsonl, or None."""
+    preds = row.get("preds")
+    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
+        return 'needs "preds", a list of strings; infer.py writes them'
+    if row.get("prompt") == "":
+        return None  # a continuation of nothing, as control tokens allow it
+    return utils.check_row(row, candidates=False)
 
 
 def _is_path(checkpoint: str) -> bool:
