@@ -1,8 +1,8 @@
 """Conversations: what is asked, and what the model under test (Person B) answers.
 
-All interviews of a block advance together, a turn at a time: the asker's questions, then one batch of
-prompt trees. Everything random about an interview is a function of the seed and its index, so it is
-the same whichever interviews are held beside it.
+All interviews of a block advance together, a turn at a time: the asker's questions, then one batch
+of prompt trees. Everything random about an interview is a function of the seed and its index, so it
+is the same whichever interviews are held beside it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python eval.py --persona --eval_file outs/base.jsonl outs/peft.jsonl \\
         --save_file eval_logs/persona.json
 
-Answers -> what was said of each attribute (rules, or a model behind a server that fills in JSON) -> a
-value of a closed set (data/demographics.yaml) -> figures of each system and attribute, side by side:
+Answers -> what was said of each attribute (rules, or a model behind a server that fills in JSON)
+-> a value of a closed set (data/demographics.yaml) -> figures of each system and attribute:
 
 | figure    | meaning                                                                           |
 | n         | interviews with a value of the closed set                                         |

@@ -90,8 +90,11 @@ def _number_per(text: str) -> str:
 def read_flags(argv: list[str] | None) -> Args:
     """The flags of a command; dies over those that cannot work, before anything is loaded."""
     args = parse_flags(build_parser(), argv)
-    if args.asker != "scripted":
+    if ":" in args.asker:
         api.parse_spec(args.asker, "--asker")
+    elif args.asker != "scripted":
+        fail(USAGE, f"--asker {args.asker} is none of scripted, hf:MODEL, PROVIDER:MODEL",
+             "such as openai:gpt-4o")
     if args.base_url and (args.asker == "scripted" or args.asker.startswith("hf:")):
         fail(USAGE, f"--base_url does nothing with --asker {args.asker}",
              "drop it, or name a model behind a server")
@@ -109,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     engine = load_engine(f"hf:{args.model_name_or_path}", batch_size=args.batch_size,
                          force_base=args.force_base, chat_template=args.chat_template)
     setup = conversation.resolve_setup(args, engine.run, engine.limit)
-    settings = outputs.settings_of(args) | dataclasses.asdict(setup)
-    settings |= {"weights": engine.run["weights"]}
+    settings = outputs.settings_of(args.with_values(**dataclasses.asdict(setup)), [],
+                                   engine.run["weights"])
     done = outputs.begin(save_file, KIND, settings, engine.run)
 
     began = time.time()
