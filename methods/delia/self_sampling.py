@@ -69,7 +69,7 @@ def keep_answers(draws: list[dict]) -> tuple[list[dict], dict]:
         for place, answer in enumerate(draw["preds"]):
             counts["drawn"] += 1
             plain = utils.normalise(answer)
-            fault = ("truncated" if place in draw["cut_at"] else "empty" if not plain else
+            fault = ("truncated" if place in draw.get("cut_at", []) else "empty" if not plain else
                      "refused" if REFUSAL.match(answer) else "duplicate" if plain in seen else None)
             counts[fault or "kept"] += 1
             if fault:
