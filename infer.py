@@ -159,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     run = engine.run | {"method": args.method}  # a base model draws for the method that was asked
     done = outputs.begin(save_file, KIND, settings, run)
     speed = draws.answer_rows(rows, job, method.clean, drawing, done, save_file)
-    figures = outputs.count_problems(save_file) | {"truncated": job.truncated}
-    figures |= outputs.speed_figures(speed, save_file) | engine.figures()
+    figures = outputs.speed_figures(speed, engine.figures(), save_file)
+    figures |= outputs.count_problems(save_file) | {"truncated": job.truncated}
     outputs.write_summary(save_file, KIND, settings, run, figures)
     print_summary(figures, save_file, drawing)
     method.finish(save_file, figures | {"run": run}, drawing)

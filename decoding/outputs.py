@@ -20,6 +20,7 @@ RUN_FLAGS = frozenset((
     "timeout", "timeout_total", "force_base", "strict_split", "interview", "interactive",
     "output_dir", "exp_name", "run_name", "cache_file"))
 
+HEADER = ("kind", "settings", "run", "versions")  # of outs/X.json; all else are figures
 SPEED = {  # figures of outs/X.json, and the digits that they are rounded to
     "seconds_per_row": 3, "seconds_per_row_median": 3, "seconds_per_row_p95": 3,
     "responses_per_second": 2, "tokens_per_second": 1}
@@ -84,20 +85,22 @@ def count_problems(save_file: Path) -> dict:
     return figures
 
 
-def speed_figures(speed: dict, save_file: Path) -> dict:
-    """Seconds a row, responses and tokens a second; where nothing was left to do, those of before.
+def speed_figures(speed: dict, of_engine: dict, save_file: Path) -> dict:
+    """Seconds a row, responses and tokens a second, and what the engine says of itself.
 
-    speed: seconds (a number per row), tokens and responses of this run.
+    speed: seconds (a number per row), tokens and responses of this run. Where nothing was left to
+    do, nothing was measured: the figures of the run that did the work stay.
     """
     if not speed["seconds"]:
         before = utils.made_by(save_file)
-        return {name: before[name] for name in SPEED if name in before}
+        return {name: value for name, value in before.items() if name not in HEADER}
     total = sum(speed["seconds"])
     values = (np.mean(speed["seconds"]), np.median(speed["seconds"]),
               np.percentile(speed["seconds"], 95), speed["responses"] / total,
               speed["tokens"] / total)
-    return {name: round(float(value), digits) for (name, digits), value in
-            zip(SPEED.items(), values, strict=True)}
+    measured = {name: round(float(value), digits) for (name, digits), value in
+                zip(SPEED.items(), values, strict=True)}
+    return measured | of_engine
 
 
 def write_summary(save_file: Path, kind: str, settings: dict, run: dict, figures: dict) -> None:

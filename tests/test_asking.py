@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 from conftest import DIALOGUES
 
 from decoding import asking
-from decoding.replies import Reply
+from decoding.engines import Asked
+from decoding.replies import Drawn, Reply
+from flags import Args
 
 ROW = DIALOGUES[0]
 
@@ -25,18 +26,19 @@ class Scripted:
         return len(message)
 
     def ask(self, messages, seeds, number, max_new_tokens, temperature):
-        self.seen += [(message, seed, temperature) for message, seed in zip(messages, seeds, strict=True)]
-        texts = [self.answers.pop(0) if self.answers else "" for _ in messages]
-        return [[] if text == "refused" else [Reply(text, 7, self.cut)] for text in texts]
+        for index, (message, seed) in enumerate(zip(messages, seeds, strict=True)):
+            self.seen.append((message, seed, temperature))
+            text = self.answers.pop(0) if self.answers else ""
+            yield Asked(index, [] if text == "refused" else [Reply(text, 7, self.cut)])
 
 
-def flags(decoding: str, **changes) -> SimpleNamespace:
-    return SimpleNamespace(**{**dict(decoding=decoding, num_drawn=3, max_retries=2, temperature=0.8, seed=1, max_new_tokens=10,
-                                     max_input_length=100, max_length=None), **changes})
+def flags(decoding: str, **changes) -> Args:
+    return Args(decoding=decoding, num_drawn=3, max_retries=2, temperature=0.8, seed=1,
+                max_new_tokens=10, max_input_length=100, max_length=10_000).with_values(**changes)
 
 
-def ask(engine, decoding: str, **changes) -> dict:
-    [row] = asking.answer(engine, [ROW], [0], flags(decoding, **changes))
+def ask(engine, decoding: str, **changes) -> Drawn:
+    [row] = asking.draw_in_words(engine, [ROW], flags(decoding, **changes), [0])
     return row
 
 
@@ -44,7 +46,7 @@ def test_a_list_is_asked_for_greedily_and_what_is_missing_again_by_sampling():
     """Two of three at first; the second request shows them, asks for one, and gets two, of which one is old."""
     engine = Scripted("1. Yes.\n2. No.", "- no.\n- Maybe.")
     row = ask(engine, "list")
-    assert row["texts"] == ["Yes.", "No.", "Maybe."] and (row["asked"], row["parsed"], row["tokens"]) == (4, 3, 14)
+    assert row.texts == ["Yes.", "No.", "Maybe."] and (row.asked, row.parsed, row.tokens) == (4, 3, 14)
     (first, _, greedy), (second, _, sampled) = engine.seen
     assert "list of 3 replies" in first and "list of 1 new reply" in second and "- Yes.\n- No." in second
     assert (greedy, sampled) == (0.0, 0.8) and all(turn in first for turn in ROW["context"].split("\n"))
@@ -53,19 +55,19 @@ def test_a_list_is_asked_for_greedily_and_what_is_missing_again_by_sampling():
 def test_a_list_that_never_fills_ends_with_what_it_got_after_the_retries():
     """One reply, then the same one for ever: 1 + 2 calls, with three seeds of their own."""
     engine = Scripted(*["1. Yes."] * 9)
-    assert ask(engine, "list")["texts"] == ["Yes."]
+    assert ask(engine, "list").texts == ["Yes."]
     assert len(engine.seen) == 3 and len({seed for _, seed, _ in engine.seen}) == 3
 
 
 def test_a_refused_call_is_counted_and_the_others_go_on():
     row = ask(Scripted("refused", "1. Yes.\n2. No.\n3. Maybe."), "list")
-    assert row["texts"] == ["Yes.", "No.", "Maybe."] and row["failed"] == 1
+    assert row.texts == ["Yes.", "No.", "Maybe."] and row.failed == 1
 
 
 def test_each_turn_shows_the_earlier_replies_and_repeats_do_not_count():
     """Four turns for three replies, since the third repeats the first in another case."""
     engine = Scripted("Yes.", "No.", "YES.", "Person B: Maybe.")
-    assert ask(engine, "iterative")["texts"] == ["Yes.", "No.", "Maybe."]
+    assert ask(engine, "iterative").texts == ["Yes.", "No.", "Maybe."]
     shown = [[text for text in ("- Yes.", "- No.") if text in message] for message, _, _ in engine.seen]
     assert shown == [[], ["- Yes."], ["- Yes.", "- No."], ["- Yes.", "- No."]]
 
@@ -73,7 +75,7 @@ def test_each_turn_shows_the_earlier_replies_and_repeats_do_not_count():
 def test_turns_stop_when_the_earlier_replies_leave_no_room():
     """300 characters of room: the first request fits without its oldest turns, the one that shows a long reply does not."""
     engine = Scripted("A long reply. " * 40, "No.")
-    assert len(ask(engine, "iterative", max_length=310)["texts"]) == 1 and len(engine.seen) == 1
+    assert len(ask(engine, "iterative", max_length=310).texts) == 1 and len(engine.seen) == 1
 
 
 def test_the_oldest_turns_go_until_a_request_fits():
@@ -112,8 +114,8 @@ def test_a_verbalized_row_counts_what_could_be_read_and_is_the_same_for_one_seed
     """Three asked, two whole ones read; the second answer brings two more, so all are there: 4 of 6."""
     answers = [tagged("Yes.", "0.5") + tagged("No.", "0.2") + tagged("Hm.", "?"), tagged("Maybe.", "0.1") + tagged("Why?", "0.1")]
     row = ask(Scripted(*answers), "verbalized")
-    assert len(row["texts"]) == 3 and set(row["texts"]) <= {"Yes.", "No.", "Maybe.", "Why?"}
-    assert (row["asked"], row["parsed"]) == (6, 4)
+    assert len(row.texts) == 3 and set(row.texts) <= {"Yes.", "No.", "Maybe.", "Why?"}
+    assert (row.asked, row.parsed) == (6, 4)
     assert ask(Scripted(*answers), "verbalized") == row
 
 

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import DIALOGUES, ROOT, make_model, refused, write_jsonl
+from safetensors.torch import load_file, save_file
 
 import infer
 import train
 import utils
+from decoding import beams, drawing, sampling
 from decoding.beams import diverse
 from decoding.replies import clean_reply
 from decoding.sampling import GumbelNoise, sample
@@ -84,7 +87,7 @@ def test_limits_and_temperature_shape_what_is_drawn(monkeypatch, limits, want):
     Deviations: logits -1, -2, -3, -3 times ln 2 have one of 0.957 ln 2; 1.2 of them reach from -1 to -2.149.
     """
     scores, want = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8]).log().repeat(20_000, 1), torch.tensor(want)
-    monkeypatch.setattr(decoding, "complete", lambda *args, logits_processor: logits_processor(None, scores).argmax(-1))
+    monkeypatch.setattr(sampling, "complete", lambda *args: args[-1](None, scores).argmax(-1))
     forest = [Tree(Segment([1], children=[Segment([2])] * 20_000))]
     shares = torch.bincount(sample(None, forest, [1], 0, 0, 1, **limits), minlength=4) / 20_000
     assert torch.equal(shares > 0, want > 0) and (shares - want).abs().sum() / 2 < 0.02
@@ -119,7 +122,7 @@ def test_resuming_a_finished_file_decodes_nothing_and_keeps_its_speed(tiny_dir, 
     """Ten rows in batches of four: the last batch is not full, but done."""
     rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
     summary = (tmp_path / "a.json").read_text()
-    monkeypatch.setattr(decoding, "sample", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(sampling, "sample", lambda *args: pytest.fail("decoded again"))
     assert draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--resume") == rows
     assert (tmp_path / "a.json").read_text() == summary
 
@@ -171,7 +174,7 @@ def test_a_method_that_is_not_the_checkpoints_is_refused(checkpoint, test_file, 
 
 @pytest.mark.parametrize(("harm", "said"), [
     (lambda folder: (folder / "adapter_config.json").unlink(), "holds no adapter_config.json"),
-    (lambda folder: os.truncate(folder / "adapter_model.safetensors", 1000), "has 1000 bytes, its header"),
+    (lambda folder: os.truncate(folder / "adapter_model.safetensors", 1000), "has 1000 bytes and cannot be read"),
     (lambda folder: (folder / "run.json").unlink(), "is incomplete (no run.json)"),
 ])
 def test_a_broken_checkpoint_is_refused_with_what_is_wrong(checkpoint, test_file, tmp_path, capsys, harm, said):
@@ -216,16 +219,16 @@ def test_out_of_memory_halves_the_batch_with_the_same_seeds_and_stops_at_one_row
         return sample
 
     whole = draw(checkpoint, test_file, tmp_path / "a.jsonl")
-    monkeypatch.setattr(decoding, "sample", small(2))
+    monkeypatch.setattr(sampling, "sample", small(2))
     assert draw(checkpoint, test_file, tmp_path / "b.jsonl") == whole
     assert "out of memory with 4 rows, trying 2 (same seeds)" in capsys.readouterr().err
     assert seen == [int(utils.sha256(f"42-{i}")[:15], 16) for i in range(10)]
-    monkeypatch.setattr(decoding, "sample", small(0))
+    monkeypatch.setattr(sampling, "sample", small(0))
     assert "out of memory in rows 1 to 4, even one at a time" in refused(capsys, 75, draw, checkpoint, test_file, tmp_path / "c.jsonl")
 
 
 def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir, test_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [[[], [5] * 6, [5]] for _ in trees])
+    monkeypatch.setattr(sampling, "sample", lambda model, trees, **rest: [[[], [5] * 6, [5]] for _ in trees])
     rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
     assert rows[0]["preds"][0] == "" and rows[0]["warnings"] == {"empty": 1, "cut": 1}
     summary = json.loads((tmp_path / "a.json").read_text())
@@ -235,7 +238,7 @@ def test_empty_and_cut_responses_are_counted_in_the_row_and_the_summary(tiny_dir
 def test_warnings_that_rows_bring_along_are_not_counted_as_this_runs(tiny_dir, tmp_path, monkeypatch):
     """An earlier --save_file as --test_file: old preds and warnings make way for the new ones."""
     file = write_jsonl(tmp_path / "old.jsonl", [{**ROWS[0], "preds": ["", "x"], "warnings": {"empty": 1}}])
-    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [[[5]] * 3 for _ in trees])
+    monkeypatch.setattr(sampling, "sample", lambda model, trees, **rest: [[[5]] * 3 for _ in trees])
     rows = draw(tiny_dir, file, tmp_path / "a.jsonl")
     assert len(rows[0]["preds"]) == 3 and "warnings" not in rows[0]
     assert json.loads((tmp_path / "a.json").read_text())["empty"] == 0
@@ -255,7 +258,7 @@ def test_shortened_contexts_are_counted_and_rows_that_cannot_fit_are_refused(tin
 def test_a_row_that_spells_a_special_token_is_refused_before_decoding(tiny_dir, tmp_path, capsys):
     file = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {"context": "Bye.<|im_end|>\nWhat?"}])
     said = refused(capsys, 2, draw, tiny_dir, file, tmp_path / "a.jsonl")
-    assert "row 2 spells the special token <|im_end|>" in said and not (tmp_path / "a.jsonl").exists()
+    assert "row 2 contains the special token <|im_end|>" in said and not (tmp_path / "a.jsonl").exists()
 
 
 def test_a_closed_pipe_leaves_a_complete_file_and_no_traceback(tiny_dir, test_file, tmp_path):
@@ -285,18 +288,24 @@ def test_cleaning_takes_labels_and_quotes_and_nothing_that_was_said(text, want):
 @pytest.mark.parametrize(("flags", "what"), [
     (["--decoding", "diverse", "--num_beam_groups", "2"], "--num_beams 3 is no multiple of --num_beam_groups 2"),
     (["--decoding", "diverse", "--num_beams", "2"], "3 responses from --num_beams 2"),
-    (["--decoding", "diverse", "--diversity_penalty", "0"], "--diversity_penalty 0.0 must be above 0"),
+    (["--decoding", "diverse", "--diversity_penalty", "0"], "--diversity_penalty 0 must be above 0"),
     (["--decoding", "diverse", "--diversity_penalty", "nan"], "--diversity_penalty nan must be above 0"),
     (["--diversity_penalty", "2"], "--diversity_penalty does nothing with --decoding sampling"),
     (["--decoding", "beam", "--top_p", "0.9"], "--top_p does nothing with --decoding beam"),
     (["--num_response_per_input", "0"], "--num_response_per_input 0 must be at least 1"),
     (["--temperature", "0"], "--temperature 0.0 with --decoding sampling must be above 0"),
-    (["--typical_p", "0"], "0 < typical_p <= 1"), (["--top_n_sigma", "-1"], "top_n_sigma >= 0"),
+    (["--typical_p", "0"], "--typical_p 0 must be above 0 and at most 1"),
+    (["--top_n_sigma", "-1"], "--top_n_sigma -1 must be at least 0"),
     (["--overgenerate", "2"], "--overgenerate 2 is less than --num_response_per_input 3"),
-    (["--select", "mmr"], "add --overgenerate M"), (["--overgenerate", "6", "--floor", "2"], "--floor 2.0 is no cosine"),
-    (["--engine", "openai"], "--engine openai needs --base_url and --served_model"), (["--base_url", "http://x"], "add --engine openai"),
+    (["--select", "mmr"], "add --overgenerate M"), 
+    (["--overgenerate", "6", "--floor", "2"], "--min_relevance 2.0 is not a cosine"),
+    (["--engine", "openai"], "--engine openai does not say which model"),
+    (["--base_url", "http://x"], "add --engine openai:MODEL"),
+    (["--engine", "openai:m", "--decoding", "beam"], "--decoding beam does not work through a server"),
+    (["--engine", "openai:m", "--typical_p", "0.5"], "--typical_p does not work through a server"),
+    (["--interactive"], "--interactive does not work with method base"),
     (["--decoding", "list", "--max_retries", "-1"], "--max_retries -1 must be at least 0"),
-    (["--decoding", "diverse", "--numbers", "per_group"], "method base has one prompt for all groups"),
+    (["--decoding", "diverse", "--numbers", "per_group"], "--group_numbers per_group, but method base has one prompt"),
 ])
 def test_flags_that_do_not_fit_together_are_refused_with_their_numbers(tiny_dir, test_file, tmp_path, capsys, flags, what):
     assert what in refused(capsys, 2, draw, tiny_dir, test_file, tmp_path / "a.jsonl", *flags)
@@ -315,7 +324,7 @@ def test_every_decoding_gives_n_responses_per_row_and_counts_what_sharing_saves(
 
 def test_diverse_uses_the_first_number_for_every_group_or_one_for_each(checkpoint, test_file, tmp_path, monkeypatch):
     real, seen = diverse, []
-    monkeypatch.setattr(decoding, "diverse", lambda model, trees, **rest: seen.append(
+    monkeypatch.setattr(beams, "diverse", lambda model, trees, **rest: seen.append(
         [len(tree.root.children) for tree in trees]) or real(model, trees, **rest))
     first = draw(checkpoint, test_file, tmp_path / "a.jsonl", "--decoding", "diverse", "--limit", "2")
     each = draw(checkpoint, test_file, tmp_path / "b.jsonl", "--decoding", "diverse", "--limit", "2", "--numbers", "per_group")
@@ -330,31 +339,41 @@ def test_more_responses_than_trained_numbers_use_them_in_turn_and_say_so(checkpo
 
 def test_of_many_drawn_the_most_different_are_kept_and_all_are_recorded(tiny_dir, tokenizer, test_file, tmp_path, monkeypatch):
     """Six drawn, three kept: one of each of the three groups of like embeddings."""
-    import numpy as np
-
     class Embedder:
-        def encode(self, texts, **flags):
+        def encode(self, texts):
             table = {"row": [1, 1, 1], "a": [1, 0.01, 0], "b": [1, 0, 0.01], "c": [0.01, 1, 0], "d": [0, 1, 0.01],
                      "e": [0.01, 0, 1], "f": [0, 0.01, 1]}
             vectors = np.array([table[text if text in table else "row"] for text in texts], dtype=float)
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    monkeypatch.setattr(utils, "load_embedder", Embedder)
+    monkeypatch.setattr(drawing, "load_embedder", Embedder)
     letters = [tokenizer(letter)["input_ids"] for letter in "abcdef"]
-    monkeypatch.setattr(decoding, "sample", lambda model, trees, **rest: [letters for _ in trees])
+    monkeypatch.setattr(sampling, "sample", lambda model, trees, **rest: [letters for _ in trees])
     for how in ("mmr", "dpp", "medoids"):
         rows = draw(tiny_dir, test_file, tmp_path / f"{how}.jsonl", "--overgenerate", "6", "--select", how, "--limit", "2")
         for row in rows:
             assert {"abcdef".index(text) // 2 for text in row["preds"]} == {0, 1, 2} and row["drawn"] == list("abcdef")
-    assert json.loads((tmp_path / "dpp.json").read_text())["settings"]["floor"] == 0.25
+    assert json.loads((tmp_path / "dpp.json").read_text())["settings"]["min_relevance"] == 0.25
 
 
-def test_a_list_that_cannot_be_read_leaves_the_row_short_and_counted(tiny_dir, test_file, tmp_path):
-    """The tiny model rambles: whatever it gives, preds plus missing make three, and the summary adds them up."""
-    rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--decoding", "verbalized", "--max_retries", "1", "--limit", "2")
-    assert all(row["preds"] == [] and row["warnings"]["missing"] == 3 and row["asked"] == 6 for row in rows)
+@pytest.mark.parametrize("how", ["list", "verbalized"])
+def test_answers_that_cannot_be_read_leave_the_row_short_and_counted(
+        how, tiny_dir, test_file, tmp_path):
+    """The tiny model rambles without tags, and in lines that may pass as items of a list.
+
+    Verbalized: none of 3 replies can be read, in either of two rounds, so 6 were asked for. Whatever
+    a list gives, preds and missing make three. The summary adds the rows up.
+    """
+    rows = draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--decoding", how,
+                "--max_retries", "1", "--limit", "2")
+    missing = [3 - len(row["preds"]) for row in rows]
+    assert [row.get("warnings", {}).get("missing", 0) for row in rows] == missing
+    if how == "verbalized":
+        assert all(row["preds"] == [] and row["asked"] == 6 and row["parsed"] == 0 for row in rows)
     summary = json.loads((tmp_path / "a.json").read_text())
-    assert summary["missing"] == 6 and summary["parse_rate"] == 0.0 and summary["responses"] == 0
+    assert summary["missing"] == sum(missing) and summary["responses"] == 6 - sum(missing)
+    asked, parsed = (sum(row[name] for row in rows) for name in ("asked", "parsed"))
+    assert summary["parse_rate"] == round(parsed / asked, 4)
 
 
 def test_an_adapter_keeps_the_template_it_was_trained_with(checkpoint, test_file, tmp_path, capsys):
@@ -367,10 +386,36 @@ def test_a_resume_with_another_adapter_is_refused(checkpoint, test_file, tmp_pat
     copy = tmp_path / "check_2"
     shutil.copytree(checkpoint, copy)
     draw(copy, test_file, tmp_path / "a.jsonl", "--limit", "4")
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(copy / "adapter_model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, copy / "adapter_model.safetensors", {"format": "pt"})
     (copy / "COMPLETE.json").unlink()
     said = refused(capsys, 2, draw, copy, test_file, tmp_path / "a.jsonl", "--limit", "4", "--resume")
     assert "was made with weights" in said
+
+
+def test_the_hint_after_out_of_memory_is_a_command_that_works(
+        checkpoint, test_file, tmp_path, capsys, monkeypatch):
+    """It says: fewer or shorter responses into another --save_file (--resume would refuse them)."""
+    real, full = sample, torch.OutOfMemoryError("CUDA out of memory")
+
+    def no_room(model, trees, max_new_tokens, **rest):
+        if max_new_tokens > 3:
+            raise full
+        return real(model, trees, max_new_tokens=max_new_tokens, **rest)
+
+    monkeypatch.setattr(sampling, "sample", no_room)
+    said = refused(capsys, 75, draw, checkpoint, test_file, tmp_path / "a.jsonl")
+    assert "fewer or shorter responses into another --save_file" in said
+    rows = draw(checkpoint, test_file, tmp_path / "b.jsonl", "--max_new_tokens", "3")
+    assert len(rows) == 10
+
+
+def test_settings_of_an_older_version_are_not_held_against_a_run(tiny_dir, test_file, tmp_path):
+    """A flag that the older run did not know is not compared; one that it knew is."""
+    whole = draw(tiny_dir, test_file, tmp_path / "a.jsonl")
+    summary = json.loads((tmp_path / "a.json").read_text())
+    del summary["settings"]["group_numbers"]
+    (tmp_path / "a.json").write_text(json.dumps(summary))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:4]))
+    assert draw(tiny_dir, test_file, tmp_path / "a.jsonl", "--resume") == whole
