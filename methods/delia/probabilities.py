@@ -1,0 +1,184 @@
+"""What a model's own probabilities say: of new tokens, of reference replies, of old answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import trees
+from methods.delia import messages, mixing
+from modeling.adapters import add_tokens, grow_embeddings
+from modeling.checkpoints import load_checkpoint
+from modeling.prompts import end_of_turn
+from scoring import statistics
+from scoring.sources import NoModel
+from trees import LIKELIHOOD, Segment, Tree
+from utils import info
+
+FIGURES = ("ratio", "reply_nll", "token_nll", "token_nll_before", "neighbours", "retention")
+NUM_NEAREST = 10  # neighbours of an embedding
+Sequence = tuple[list[int], list[bool]]  # token ids, and which of them are scored
+
+
+# ---- sequences and their log-probabilities ------------------------------------------------------
+
+
+def sequence_logps(model, sequences: list[Sequence]) -> list[np.ndarray]:
+    """log p of the chosen tokens of each sequence in nats, given all tokens before them.
+
+    The first token has none before it and is never scored.
+    """
+    forest = [Tree(Segment(ids[:1], children=[
+        Segment(ids[1:], LIKELIHOOD, [float(is_chosen) for is_chosen in chosen[1:]])]))
+        for ids, chosen in sequences]
+    return [scored.logps.double().numpy() for scored in trees.score_forest(model, forest)]
+
+
+def mean_nlls(model, sequences: list[Sequence]) -> list[float]:
+    """Mean -log p of the chosen tokens of every sequence, in nats."""
+    return [float(-logps.mean()) for logps in sequence_logps(model, sequences)]
+
+
+def token_sequences(rows: list[dict], tokenizer, new_tokens: list[str]) -> list[Sequence]:
+    """The prompts that mention a new token, with its places chosen."""
+    ids_of_tokens = set(tokenizer.convert_tokens_to_ids(new_tokens))
+    prompts = [messages.encode(tokenizer, messages.context_of(row)) for row in rows]
+    return [(ids, [i in ids_of_tokens for i in ids]) for ids in prompts if ids_of_tokens & set(ids)]
+
+
+def reply_sequences(rows: list[dict], tokenizer) -> list[Sequence]:
+    """Prompt and reference reply of every row, with the reply and its end token chosen."""
+    sequences = []
+    for row in rows:
+        prompt = messages.encode(tokenizer, row["messages"][:-1])
+        reply = tokenizer(row["messages"][-1]["content"], add_special_tokens=False)["input_ids"]
+        reply = [*reply, end_of_turn(tokenizer)]
+        sequences.append((prompt + reply, [False] * len(prompt) + [True] * len(reply)))
+    return sequences
+
+
+# ---- before training ----------------------------------------------------------------------------
+
+
+class BeforeTraining:
+    """What base models give without training, each measured once for all systems.
+
+    rows: those whose prompts mention new tokens. held_out: diverse rows that no run trains on.
+    """
+
+    def __init__(self, rows: list[dict], held_out: list[dict]):
+        self.rows, self.held_out = rows, held_out
+        self.of_held_out: dict[str, list[float]] = {}
+        self.of_tokens: dict[str, list[float]] = {}
+
+    def held_out_nlls(self, base: str) -> list[float]:
+        """nats per token of the base model's answers to the held-out queries."""
+        if base not in self.of_held_out:
+            model, tokenizer, _ = load_checkpoint(base)
+            sequences = reply_sequences(self.held_out, tokenizer)
+            self.of_held_out[base] = mean_nlls(model, sequences)
+        return self.of_held_out[base]
+
+    def token_nlls(self, base: str, settings: dict) -> list[float]:
+        """-log p of the new tokens in the prompts, with their rows as training starts from them.
+
+        settings: the args of the run; runs that start alike are measured once.
+        """
+        start = {name: settings.get(name)
+                 for name in ("new_tokens", "token_init", "token_description", "seed")}
+        key = f"{base}: {json.dumps(start)}"
+        if key not in self.of_tokens:
+            model, tokenizer, _ = load_checkpoint(base)
+            add_tokens(tokenizer, settings["new_tokens"])
+            grow_embeddings(model, tokenizer, settings)
+            sequences = token_sequences(self.rows, tokenizer, settings["new_tokens"])
+            self.of_tokens[key] = mean_nlls(model, sequences)
+        return self.of_tokens[key]
+
+
+def held_out_rows(sources) -> tuple[list[dict], str | None]:
+    """The held-out rows of the cache that the systems' runs name; or none, and why."""
+    caches = []
+    for name in sources.files:
+        cache = (sources.run(name) or {}).get("args", {}).get("diverse_file")
+        caches += [cache] if cache and cache not in caches else []
+    if not caches:
+        return [], "no run names a --diverse_file"
+    if not Path(caches[0]).is_file():
+        return [], f"{caches[0]} is not there"
+    if len(caches) > 1:
+        info(f"runs with different caches; retention is measured on {caches[0]}")
+    rows = [row for row in messages.read_messages(caches[0], [], strict=False)
+            if mixing.is_held_out(row)]
+    return rows, None if rows else f"{caches[0]} has no held-out row"
+
+
+# ---- the figures --------------------------------------------------------------------------------
+
+
+def model_figures(rows: list[dict], sources, name: str, before: BeforeTraining,
+                  no_held_out: str | None) -> tuple[dict, dict[str, str]]:
+    """The figures of the model that drew a system's replies, and reasons of missing ones.
+
+    no_held_out: why there are no held-out rows, if so.
+    """
+    figures = dict.fromkeys(FIGURES)
+    try:
+        model, tokenizer, run = sources.model(name)
+    except NoModel as error:
+        return figures, dict.fromkeys(FIGURES, str(error))
+    settings, base = run["args"], run["base_model"]
+    asking = [row for row in rows if row["asks_format"]]
+    figures["ratio"] = settings.get("diverse_ratio")
+    figures["reply_nll"] = statistics.interval(
+        mean_nlls(model, reply_sequences(asking, tokenizer)))
+    if new_tokens := settings.get("new_tokens"):
+        figures["token_nll"] = statistics.interval(
+            mean_nlls(model, token_sequences(rows, tokenizer, new_tokens)))
+        descriptions = settings["token_description"]
+        figures["neighbours"] = {
+            token: embedding_figures(model, tokenizer, token,
+                                     descriptions[min(i, len(descriptions) - 1)])
+            for i, token in enumerate(new_tokens)}
+    nlls = mean_nlls(model, reply_sequences(before.held_out, tokenizer))
+    del model  # before the base model is loaded: memory need not hold both
+    if run["method"] == "base":
+        before.of_held_out[base] = nlls  # it is its own reference
+    if new_tokens:
+        figures["token_nll_before"] = statistics.interval(before.token_nlls(base, settings))
+    if nlls:
+        figures["retention"] = {
+            "rows": len(nlls), "nll": statistics.interval(nlls),
+            "change": statistics.paired_difference(nlls, before.held_out_nlls(base))}
+    reasons = {"ratio": "the model was not trained with --diverse_ratio",
+               "retention": no_held_out} | dict.fromkeys(
+        ("token_nll", "token_nll_before", "neighbours"),
+        "no prompt mentions a new token" if new_tokens else "the model has no new token")
+    return figures, {name: reasons[name] for name, value in figures.items() if value is None}
+
+
+@torch.no_grad()
+def embedding_figures(model, tokenizer, token: str, description: str) -> dict:
+    """Where a token's input embedding lies.
+
+    description: its cosine with the mean embedding of the tokens of that text.
+    less_like_description: the share of the vocabulary that is less like the description than it.
+    norm_ratio: its length over the mean length. nearest: [[token, cosine], ...], nearest first.
+    """
+    table = model.get_input_embeddings()
+    matrix = table(torch.arange(len(tokenizer), device=model.device)).float()  # (V, D)
+    index = tokenizer.convert_tokens_to_ids(token)
+    described = matrix[tokenizer(description, add_special_tokens=False)["input_ids"]].mean(0)
+    cosine = torch.nn.functional.cosine_similarity
+    to_token, to_text = cosine(matrix, matrix[index][None]), cosine(matrix, described[None])
+    to_token[index] = -1  # not its own neighbour
+    nearest = to_token.topk(NUM_NEAREST)
+    norms = matrix.norm(dim=1)
+    return {"description": float(to_text[index]),
+            "less_like_description": float((to_text < to_text[index]).float().mean()),
+            "norm_ratio": float(norms[index] / norms.mean()),
+            "nearest": [[tokenizer.decode([i]), round(value, 4)] for value, i in zip(
+                nearest.values.tolist(), nearest.indices.tolist(), strict=True)]}
