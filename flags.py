@@ -287,8 +287,9 @@ def first_pass(argv: list[str] | None, *names: str) -> dict[str, object]:
         parser.add_argument(f"--{name}", nargs="?", const=True)
     args, _ = parser.parse_known_args(_spell(parser, argv))
     config = read_config(args.config) if args.config else {}
-    return {name: config.get(name, (None,))[0] if value is None else value
-            for name, value in vars(args).items() if name != "config"} | {"config": args.config}
+    given = dict(vars(args))
+    return {name: config.get(name, (None,))[0] if given[name] is None else given[name]
+            for name in names} | {"config": args.config}
 
 
 def parse_flags(parser: FlagParser, argv: list[str] | None) -> Args:
@@ -305,8 +306,8 @@ def parse_flags(parser: FlagParser, argv: list[str] | None) -> Args:
         _apply_config(parser, read_config(config), config)
     args = parser.parse_args(_spell(parser, argv))
     if args.print_config:  # before anything is derived, so that what is printed can be read again
-        flags = {name: value for name, value in vars(args).items() if name not in META}
-        print(yaml.safe_dump(flags), end="")
+        flags = dict(vars(args))
+        print(yaml.safe_dump({name: flags[name] for name in flags if name not in META}), end="")
         raise SystemExit(0)
     for function in parser.derivations:
         args = argparse.Namespace(**vars(args) | function(args))

@@ -40,8 +40,9 @@ def claim(save_file: str, resume: bool) -> Path:
 
 def settings_of(args, rows: list[dict], weights: str | None) -> dict:
     """Everything that what is written depends on, as JSON gives it back: flags, rows, model."""
-    flags = {name: value for name, value in vars(args).items() if name not in RUN_FLAGS}
-    return json.loads(json.dumps(flags | {
+    flags = dict(vars(args))
+    compared = {name: flags[name] for name in flags if name not in RUN_FLAGS}
+    return json.loads(json.dumps(compared | {
         "data_sha256": utils.sha256(json.dumps(rows, sort_keys=True))[:16], "weights": weights}))
 
 

@@ -129,6 +129,23 @@ def train_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", DIALOGUES)
 
 
+@pytest.fixture
+def data_here(tmp_path, monkeypatch):
+    """A working folder that has the repository's data, and a manifest as data/build_control.py writes it."""
+    (tmp_path / "data").mkdir()
+    for path in (ROOT / "data").iterdir():
+        if path.name != "control":
+            (tmp_path / "data" / path.name).symlink_to(path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data" / "control").mkdir()
+    own = {"values": ["low", "high"], "thresholds": [0.5], "scorer": "words", "version": "1"}
+    manifest = {"schema": {name: own for name in ("toxicity", "sentiment", "length", "question",
+                                                  "formality")}}
+    (tmp_path / "data" / "control" / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

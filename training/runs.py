@@ -112,7 +112,8 @@ def describe_run(args, base: str, rows: list[dict], settled: dict) -> dict:
     base: the folder of the base model. rows: those that are trained on. settled: what the method
     made of flags that were left open.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in STARTS}
+    given = dict(vars(args))
+    flags = {name: given[name] for name in given if name not in STARTS}
     return {
         "method": args.method,
         "base_model": args.model_name,

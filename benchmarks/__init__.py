@@ -1,0 +1,1 @@
+"""Measurements: speed, transfer, equality before and after a change; run as python -m benchmarks.NAME."""

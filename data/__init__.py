@@ -1,0 +1,1 @@
+"""Tools that make, check and convert data files; run as python -m data.NAME."""
