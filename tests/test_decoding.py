@@ -1,4 +1,7 @@
-"""Beam search and diverse beam search on shared prefill, against plain references and the library's old results."""
+"""Beams, branches, guidance and mixtures on shared prefill, against plain references.
+
+Diverse beam search is also held to what the library gave when it still had it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from conftest import DIALOGUES, ROOT, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_beam_fixtures import build_model
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache
 
 import trees
 from decoding.beams import beam, diverse, diverse_beam_search
-from decoding.sampling import TopNSigma, greedy
+from decoding.mixtures import GuidedTree, MixedTree, guide, mix, next_logits
+from decoding.sampling import TopNSigma, greedy, sample
 from modeling.prompts import encode_prompt
-from trees import Tree, branch_prompts
+from trees import Segment, Tree, branch_prompts
 
 FIXTURES = ROOT / "tests" / "fixtures" / "diverse_beam.json"
 PAD = 0
@@ -32,16 +38,21 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def reference(model, prompt: list[int], groups: int, size: int, penalty: float, eos: int, new: int) -> list[list[int]]:
-    """Diverse beam search of one prompt by the book: no cache, no batch, dictionaries instead of tensors.
+def reference(model, prompt: list[int], groups: int, size: int, penalty: float, eos: int,
+              new: int) -> list[list[int]]:
+    """Diverse beam search of one prompt by the book: no cache, no batch, dictionaries.
 
     A group is a list of (score, tokens); finished beams compete by score / length; best first.
     """
     def logps(tokens: list[int]) -> list[float]:
-        return model(torch.tensor([prompt + tokens])).logits[0, -1].float().log_softmax(-1).tolist()
+        logits = model(torch.tensor([prompt + tokens])).logits[0, -1]
+        return logits.float().log_softmax(-1).tolist()
+
+    def best_first(pairs: list) -> list:
+        return sorted(pairs, key=lambda pair: -pair[0])
 
     running = [[(0.0, [])] for _ in range(groups)]
-    found: list[list[tuple[float, list[int]]]] = [[] for _ in range(groups)]
+    finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(groups)]
     closed = [False] * groups
     for step in range(1, new + 1):
         taken: dict[int, int] = {}
@@ -51,77 +62,94 @@ def reference(model, prompt: list[int], groups: int, size: int, penalty: float, 
                 continue
             options = [(score + p - penalty * taken.get(token, 0), tokens, token)
                        for score, tokens in running[g] for token, p in enumerate(logps(tokens))]
-            options = sorted(options, key=lambda o: -o[0])[: 2 * size]
+            options = best_first(options)[: 2 * size]
             running[g] = []
             for rank, (score, tokens, token) in enumerate(options):
                 if token != eos:
                     running[g].append((score, [*tokens, token]))
                 elif rank < size:
-                    found[g] = sorted([*found[g], (score / step, tokens)], key=lambda f: -f[0])[:size]
+                    finished[g] = best_first([*finished[g], (score / step, tokens)])[:size]
                 if len(running[g]) == size:
                     break
-            closed[g] = len(found[g]) == size and found[g][-1][0] >= options[0][0] / step
+            full = len(finished[g]) == size
+            closed[g] = full and finished[g][-1][0] >= options[0][0] / step
             for _, tokens in running[g]:
                 taken[tokens[-1]] = taken.get(tokens[-1], 0) + 1
         if all(closed):
             break
     for g in range(groups):
         if not closed[g]:
-            found[g] = sorted(found[g] + [(s / len(t), t) for s, t in running[g]], key=lambda f: -f[0])[:size]
-    return [tokens for _, tokens in sorted((f for own in found for f in own), key=lambda f: -f[0])]
+            ends = [(score / len(tokens), tokens) for score, tokens in running[g]]
+            finished[g] = best_first(finished[g] + ends)[:size]
+    return [tokens for _, tokens in best_first([pair for group in finished for pair in group])]
 
 
 def strip(sequences: torch.Tensor, start: int, eos: int) -> list[list[int]]:
+    """The new tokens of every sequence, up to its end token."""
     new = sequences[:, start:].tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in new]
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 99), groups=st.integers(1, 4), size=st.integers(1, 3), penalty=st.sampled_from([0.3, 1.0, 5.0]),
+@given(seed=st.integers(0, 99), groups=st.integers(1, 4), size=st.integers(1, 3),
+       penalty=st.sampled_from([0.3, 1.0, 5.0]),
        lengths=st.lists(st.integers(1, 7), min_size=1, max_size=3))
-def test_diverse_beam_search_equals_the_slow_reference_in_left_padded_batches(seed, groups, size, penalty, lengths):
+def test_diverse_beam_search_equals_the_slow_reference_in_left_padded_batches(
+        seed, groups, size, penalty, lengths):
     """A random model of 17 tokens, one of them the end, so that beams end early, late and never."""
     model = make_model(17, seed)
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(2, 17, (n,), generator=generator).tolist() for n in lengths]
     ids, mask = trees.left_pad(prompts, PAD, "cpu")
     beams = groups * size
-    out = model.generate(input_ids=ids, attention_mask=mask, num_beams=beams, num_return_sequences=beams, max_new_tokens=6,
-                         eos_token_id=1, pad_token_id=PAD, custom_generate=diverse_beam_search,
-                         num_beam_groups=groups, diversity_penalty=penalty)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, num_beams=beams, num_return_sequences=beams,
+        max_new_tokens=6, eos_token_id=1, pad_token_id=PAD, custom_generate=diverse_beam_search,
+        num_beam_groups=groups, diversity_penalty=penalty)
     with torch.no_grad():
-        want = [tokens for p in prompts for tokens in reference(model, p, groups, size, penalty, 1, 6)]
+        want = [tokens for prompt in prompts
+                for tokens in reference(model, prompt, groups, size, penalty, 1, 6)]
     assert strip(out, ids.shape[1], 1) == want
 
 
 def test_token_ids_and_scores_equal_those_of_transformers_4_55_4():
-    """43 cases of tests/make_beam_fixtures.py: one prompt and eight left-padded ones, ends early and never."""
+    """43 cases of tests/make_beam_fixtures.py: one prompt and eight left-padded ones."""
     kept = json.loads(FIXTURES.read_text())
     models = {name: build_model(recipe) for name, recipe in kept["models"].items()}
+    close = dict(rtol=1e-4, atol=1e-4)
     for name, recipe in kept["models"].items():
         logits = models[name](torch.arange(2, 12)[None]).logits[0, -1]
-        torch.testing.assert_close(logits, torch.tensor(recipe["probe"]), rtol=1e-4, atol=1e-4, msg="the models differ")
+        probe = torch.tensor(recipe["probe"])
+        torch.testing.assert_close(logits, probe, **close, msg="the models differ")
     assert len(kept["cases"]) == 43
     for case in kept["cases"]:
         out = models[case["model"]].generate(
             torch.tensor(case["input_ids"]), attention_mask=torch.tensor(case["attention_mask"]),
             custom_generate=diverse_beam_search, return_dict_in_generate=True, **case["settings"])
         assert out.sequences.tolist() == case["sequences"], case["name"]
-        torch.testing.assert_close(out.sequences_scores, torch.tensor(case["scores"]), rtol=1e-4, atol=1e-4, msg=case["name"])
+        scores = torch.tensor(case["scores"])
+        torch.testing.assert_close(out.sequences_scores, scores, **close, msg=case["name"])
+
+
+def numbered(tokenizer, row: dict, numbers: list[int]) -> list[list[int]]:
+    """The prompts of a row, one a number."""
+    return [encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}")
+            for k in numbers]
 
 
 def forest_of(tokenizer, branches: int = 1) -> list[Tree]:
-    prompts = [[encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in range(1, branches + 1)]
-               for row in DIALOGUES[:3]]
-    return [Tree(branch_prompts(own, list(range(1, branches + 1)))) for own in prompts]
+    numbers = list(range(1, branches + 1))
+    return [Tree(branch_prompts(numbered(tokenizer, row, numbers), numbers))
+            for row in DIALOGUES[:3]]
 
 
 def copied(tree: Tree, branch: int = 0) -> torch.Tensor:
     return torch.tensor([tree.root.input_ids + tree.root.children[branch].input_ids])
 
 
-def test_one_group_is_beam_search_and_a_vanishing_penalty_gives_copies_of_it(tiny_model, tokenizer):
-    """Three groups of two at penalty 1e-9: every sequence of a beam search with two beams, three times."""
+def test_one_group_is_beam_search_and_a_vanishing_penalty_gives_copies_of_it(
+        tiny_model, tokenizer):
+    """Three groups of two at penalty 1e-9: every sequence of a search with two beams, thrice."""
     forest = forest_of(tokenizer)
     plain = beam(tiny_model, forest, PAD, 1, 10, num_beams=2, num_responses=2)
     assert diverse(tiny_model, forest, PAD, 1, 10, 2, 1, 2) == plain
@@ -132,7 +160,8 @@ def test_one_group_is_beam_search_and_a_vanishing_penalty_gives_copies_of_it(tin
 def test_a_higher_penalty_changes_the_output_and_its_first_tokens_differ(tiny_model, tokenizer):
     """Five groups of one beam: at 1e-9 all begin alike, at 50 nats no two begin alike."""
     forest = forest_of(tokenizer)
-    low, high = (diverse(tiny_model, forest, PAD, 1, 10, 5, 5, 5, diversity_penalty=p) for p in (1e-9, 50.0))
+    low, high = (diverse(tiny_model, forest, PAD, 1, 10, 5, 5, 5, diversity_penalty=penalty)
+                 for penalty in (1e-9, 50.0))
     assert low != high
     assert all(len({tuple(ids[:1]) for ids in row}) == 1 for row in low)
     assert all(len({tuple(ids[:1]) for ids in row}) == 5 for row in high)
@@ -140,36 +169,38 @@ def test_a_higher_penalty_changes_the_output_and_its_first_tokens_differ(tiny_mo
 
 @pytest.mark.parametrize("how", ["beam", "diverse"])
 def test_beams_on_shared_prefill_are_those_of_copied_prompts(how, tiny_model, tokenizer):
-    """Rows of different lengths decoded together and each alone by the library with its own prompt."""
+    """Rows of different lengths decoded together, and each alone by the library."""
     forest = forest_of(tokenizer)
-    options = dict(max_new_tokens=8, eos_token_id=1, pad_token_id=PAD, num_beams=4, num_return_sequences=4)
+    options = dict(max_new_tokens=8, eos_token_id=1, pad_token_id=PAD, num_beams=4,
+                   num_return_sequences=4)
     if how == "beam":
         shared = beam(tiny_model, forest, PAD, 1, 8, 4, 4)
     else:
         shared = diverse(tiny_model, forest, PAD, 1, 8, 4, 2, 4, diversity_penalty=1.0)
-        options |= dict(custom_generate=diverse_beam_search, num_beam_groups=2, diversity_penalty=1.0)
+        options |= dict(custom_generate=diverse_beam_search, num_beam_groups=2,
+                        diversity_penalty=1.0)
     for tree, row in zip(forest, shared, strict=True):
         ids = copied(tree)
         alone = tiny_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert strip(alone, ids.shape[1], 1) == row
 
 
-def test_a_number_per_group_is_the_search_of_that_number_where_groups_do_not_meet(tiny_model, tokenizer):
-    """At a penalty of 1e-9 group g under number g finds what a greedy search under number g finds."""
+def test_a_number_per_group_is_the_search_of_that_number_where_groups_do_not_meet(
+        tiny_model, tokenizer):
+    """At a penalty of 1e-9 group g under number g finds what greedy choice under it finds."""
     forest = forest_of(tokenizer, branches=3)
     found = diverse(tiny_model, forest, PAD, 1, 8, 3, 3, 3, diversity_penalty=1e-9)
     want = greedy(tiny_model, forest, PAD, 1, 8)
     assert [sorted(row) for row in found] == [sorted(row) for row in want]
-    assert len({tuple(ids) for ids in want[0]}) > 1, "numbers that all lead to one response would prove nothing"
+    assert len({tuple(ids) for ids in want[0]}) > 1, "equal responses would prove nothing"
 
 
 def test_diverse_beam_search_runs_through_a_lora_adapter(tiny_model, tokenizer):
     """With B = 0 the adapter is the base model; with random weights it is another one."""
-    from peft import LoraConfig, get_peft_model
-
     forest = forest_of(tokenizer)
     base = diverse(tiny_model, forest, PAD, 1, 8, 4, 4, 4)
-    wrapped = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4)).eval()
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    wrapped = get_peft_model(tiny_model, lora).eval()
     assert diverse(wrapped, forest, PAD, 1, 8, 4, 4, 4) == base
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
@@ -178,44 +209,53 @@ def test_diverse_beam_search_runs_through_a_lora_adapter(tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize(("options", "what"), [
-    ({"num_beams": 5, "num_beam_groups": 2}, "num_beams 5 must be a multiple of num_beam_groups 2"),
-    ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.0}, "diversity_penalty 0.0 must be above 0"),
+    ({"num_beams": 5, "num_beam_groups": 2},
+     "num_beams 5 must be a multiple of num_beam_groups 2"),
+    ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.0},
+     "diversity_penalty 0.0 must be above 0"),
     ({"num_beams": 4, "diversity_penalty": math.nan}, "must be above 0"),
 ])
 def test_impossible_groups_and_penalties_are_named(tiny_model, options, what):
     with pytest.raises(ValueError, match=what):
-        tiny_model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, custom_generate=diverse_beam_search, **options)
+        tiny_model.generate(torch.tensor([[3, 4]]), max_new_tokens=2,
+                            custom_generate=diverse_beam_search, **options)
 
 
 def test_processors_of_generate_reach_the_groups(tiny_model):
     """A repetition penalty so high that no token may come twice."""
-    ids = torch.tensor([[5, 6, 7]])
-    out = tiny_model.generate(ids, max_new_tokens=12, num_beams=3, num_return_sequences=3, repetition_penalty=1e6,
-                              eos_token_id=None, pad_token_id=PAD, custom_generate=diverse_beam_search)
+    out = tiny_model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=12, num_beams=3, num_return_sequences=3,
+        repetition_penalty=1e6, eos_token_id=None, pad_token_id=PAD,
+        custom_generate=diverse_beam_search)
     assert all(len(set(row)) == len(row) for row in out.tolist())
 
 
 def test_top_n_sigma_keeps_logits_within_n_deviations_of_the_best():
-    """Logits 3, 2, 1, -2: mean 1, deviation sqrt((4 + 1 + 0 + 9) / 3) = 2.16; within one of 3: 3, 2, 1; within 0.4: 3."""
+    """Logits 3, 2, 1, -2: mean 1, deviation sqrt((4 + 1 + 0 + 9) / 3) = 2.16.
+
+    Within one deviation of 3 are 3, 2, 1; within 0.4 of it only 3.
+    """
     scores = torch.tensor([[3.0, 2.0, 1.0, -2.0]])
     assert torch.isfinite(TopNSigma(1.0)(None, scores)).tolist() == [[True, True, True, False]]
     assert torch.isfinite(TopNSigma(0.4)(None, scores)).tolist() == [[True, False, False, False]]
 
 
-def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(tiny_model, tokenizer, monkeypatch):
-    """Beams: a sequence a row in the cache, then four. Branches: a sequence a row to the end, and not even N times its length."""
-    from transformers import DynamicCache
+def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(
+        tiny_model, tokenizer, monkeypatch):
+    """Beams: one sequence a row in the cache, then four. Branches: one a row to the end.
 
-    seen = []
+    And that one is far shorter than N copies: a context, then ends and tokens of all branches.
+    """
+    repeats = []
     real = DynamicCache.batch_repeat_interleave
 
-    def spy(cache, repeats):
-        seen.append((cache.layers[0].keys.shape[0], repeats))
-        real(cache, repeats)
+    def watched(cache, times):
+        repeats.append((cache.layers[0].keys.shape[0], times))
+        real(cache, times)
 
-    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", spy)
+    monkeypatch.setattr(DynamicCache, "batch_repeat_interleave", watched)
     diverse(tiny_model, forest_of(tokenizer), PAD, 1, 3, 4, 4, 4)
-    assert seen == [(3, 4)]
+    assert repeats == [(3, 4)]
     forest = forest_of(tokenizer, 5)
     branches = trees.Branches(tiny_model, forest, PAD)
     for _ in range(3):
@@ -227,12 +267,9 @@ def test_beams_copy_the_context_when_decoding_starts_and_branches_never_do(tiny_
 
 
 def test_branches_that_grow_together_have_the_logits_of_sequences_alone(tiny_model, tokenizer):
-    """Rows and branch ends of different lengths (#9, #10), four tokens each: every step's logits, within float32 rounding."""
-    forest, prompts = [], []
-    for row in DIALOGUES[:3]:
-        own = [encode_prompt(tokenizer, f"{row['context']}\npossibility number #{k}") for k in (9, 10)]
-        forest.append(Tree(branch_prompts(own, [9, 10])))
-        prompts.append(own)
+    """Rows and branch ends of different lengths (#9, #10), four tokens each, at every step."""
+    prompts = [numbered(tokenizer, row, [9, 10]) for row in DIALOGUES[:3]]
+    forest = [Tree(branch_prompts(branches, [9, 10])) for branches in prompts]
     tokens = torch.randint(3, 400, (3, 2, 4), generator=torch.Generator().manual_seed(0))
     branches = trees.Branches(tiny_model, forest, PAD)
     for step in range(5):
@@ -246,14 +283,120 @@ def test_branches_that_grow_together_have_the_logits_of_sequences_alone(tiny_mod
             branches.feed(tokens[:, :, step])
 
 
-def test_greedy_branches_write_what_generate_writes_from_copied_prompts(tiny_model, tokenizer):
-    """Fifteen branches of three rows, some of which end early; also with a padding token that is the end token."""
+@pytest.mark.parametrize("end", [1, 7, PAD])
+def test_greedy_branches_write_what_generate_writes_from_copied_prompts(
+        tiny_model, tokenizer, end):
+    """Fifteen branches of three rows, some of which end early; the padding may be the end."""
     forest = forest_of(tokenizer, 5)
-    for end in (1, 7, PAD):
-        found = greedy(tiny_model, forest, PAD, end, 12)
-        for tree, row in zip(forest, found, strict=True):
-            for b, reply in enumerate(row):
-                ids = copied(tree, b)
-                out = tiny_model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
-                                          eos_token_id=end, pad_token_id=PAD)
-                assert strip(out, ids.shape[1], end) == [reply]
+    found = greedy(tiny_model, forest, PAD, end, 12)
+    for tree, row in zip(forest, found, strict=True):
+        for b, reply in enumerate(row):
+            ids = copied(tree, b)
+            out = tiny_model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                eos_token_id=end, pad_token_id=PAD)
+            assert strip(out, ids.shape[1], end) == [reply]
+
+
+# ---- guidance and mixtures ----------------------------------------------------------------------
+
+
+def test_guided_logits_by_hand():
+    """z = 1 + g (3 - 1): 1 at g = 0, 3 at 1, 5 at 2."""
+    logits = torch.tensor([[[3.0]], [[3.0]], [[3.0]], [[1.0]], [[1.0]], [[1.0]]])
+    assert guide(logits, [0.0, 1.0, 2.0]).flatten().tolist() == [1.0, 3.0, 5.0]
+
+
+def test_mixed_logits_by_hand():
+    """Weights 1/4 and 3/4 mix the probabilities (1/2, 1/2) and (1/6, 5/6) to (1/4, 3/4).
+
+    Weights 2 and 1 add the logits (1, 0) and (0, 5) up to (2, 5).
+    """
+    logits = torch.tensor([[[0.5, 0.5], [1 / 6, 5 / 6]]]).log()
+    mixed = mix(logits, torch.tensor([[0.25, 0.75]]), "probs").exp()
+    torch.testing.assert_close(mixed, torch.tensor([[0.25, 0.75]]))
+    logits = torch.tensor([[[1.0, 0.0], [0.0, 5.0]]])
+    assert mix(logits, torch.tensor([[2.0, 1.0]]), "logits_raw").tolist() == [[2.0, 5.0]]
+
+
+def by_hand(model, prompts: list[list[int]], combine, new: int) -> list[int]:
+    """Greedy choice after several prompts that are followed by the same tokens; no cache."""
+    tokens: list[int] = []
+    with torch.no_grad():
+        for _ in range(new):
+            rows = [model(torch.tensor([ids + tokens])).logits[0, -1] for ids in prompts]
+            tokens.append(int(combine(torch.stack(rows)).argmax()))
+    return tokens
+
+
+def test_greedy_guidance_equals_two_plain_forward_passes_a_step(tiny_model, tokenizer):
+    """Two branches a row, each with a prompt without its number, at scale 2."""
+    forest, want = [], []
+    for row in DIALOGUES[:3]:
+        cond = numbered(tokenizer, row, [3, 10])
+        uncond = encode_prompt(tokenizer, row["context"])
+        without = Tree(branch_prompts([uncond] * 2, [1, 2]))
+        tree = GuidedTree(branch_prompts(cond, [1, 2]), uncond=without, guidance_scale=2.0)
+        forest.append(tree)
+        want.append([by_hand(tiny_model, [prompt, uncond], lambda z: z[1] + 2 * (z[0] - z[1]), 6)
+                     for prompt in cond])
+    assert greedy(tiny_model, forest, PAD, -1, 6) == want
+
+
+def test_guidance_of_one_is_the_condition_and_of_zero_none_of_it(tiny_model, tokenizer):
+    cond, uncond = forest_of(tokenizer, 2), forest_of(tokenizer, 3)
+    for tree in uncond:
+        tree.root.children = tree.root.children[1:]
+
+    def guided(scale: float) -> list[Tree]:
+        return [GuidedTree(tree.root, uncond=other, guidance_scale=scale)
+                for tree, other in zip(cond, uncond, strict=True)]
+
+    seeds = [4, 5, 6]
+    assert sample(tiny_model, guided(1.0), seeds, PAD, 1, 8) == \
+        sample(tiny_model, cond, seeds, PAD, 1, 8)
+    assert sample(tiny_model, guided(0.0), seeds, PAD, 1, 8) == \
+        sample(tiny_model, uncond, seeds, PAD, 1, 8)
+
+
+@pytest.mark.parametrize("kind", ["probs", "logits_raw"])
+def test_a_mixed_tree_writes_one_response_that_all_its_branches_read(kind, tiny_model, tokenizer):
+    """Three prompts a row that share their start or nothing; by hand, token by token."""
+    weights = torch.tensor([0.2, 0.3, 0.5])
+
+    def combine(logits):
+        if kind == "probs":
+            return (weights[:, None] * logits.softmax(-1)).sum(0)
+        return (weights[:, None] * logits).sum(0)
+
+    prompts = [numbered(tokenizer, row, [1, 10, 3]) for row in DIALOGUES[:3]]
+    want = [[by_hand(tiny_model, branches, combine, 6)] for branches in prompts]
+    shared = [branch_prompts(branches, [1, 2, 3]) for branches in prompts]
+    apart = [Segment([], children=[Segment(ids, branch=k) for k, ids in enumerate(branches)])
+             for branches in prompts]
+    for roots in (shared, apart):
+        forest = [MixedTree(root, weights=weights, kind=kind) for root in roots]
+        assert greedy(tiny_model, forest, PAD, -1, 6) == want
+
+
+def test_a_mixed_sample_is_the_row_s_own_whatever_shares_its_batch(tiny_model, tokenizer):
+    """And a mixture of one prompt with itself is that prompt's own sample."""
+    weights, seeds = torch.tensor([0.25, 0.75]), [7, 8, 9]
+    forest = [MixedTree(tree.root, weights=weights, kind="probs")
+              for tree in forest_of(tokenizer, 2)]
+    together = sample(tiny_model, forest, seeds, PAD, 1, 8, temperature=0.8, top_p=0.9)
+    assert [len(row) for row in together] == [1, 1, 1]
+    alone = [sample(tiny_model, [tree], [seed], PAD, 1, 8, temperature=0.8, top_p=0.9)[0]
+             for tree, seed in zip(forest, seeds, strict=True)]
+    assert alone == together
+    prompt = encode_prompt(tokenizer, "Is a tomato a fruit?")
+    twice = MixedTree(branch_prompts([prompt] * 2, [1, 2]), weights=weights, kind="probs")
+    once = Tree(branch_prompts([prompt], [1]))
+    assert sample(tiny_model, [twice], [7], PAD, 1, 8) == sample(tiny_model, [once], [7], PAD, 1, 8)
+
+
+def test_trees_of_two_kinds_are_not_decoded_together(tiny_model):
+    plain = Tree(branch_prompts([[5, 6]], [1]))
+    guided = GuidedTree(plain.root, uncond=plain, guidance_scale=2.0)
+    with pytest.raises(AssertionError, match="trees of one kind"):
+        next_logits([plain, guided], torch.zeros(3, 1, 4))
