@@ -96,8 +96,9 @@ def self_bleu(texts: Sequence[str]) -> float | None:
     full = [text for text in texts if text.strip()]
     if len(full) < 2:
         return None
+    place = {text: i for i, text in enumerate(full)}  # equal responses have equal scores
     scores = {text: sentence_bleu(text, full[:i] + full[i + 1 :]).score
-              for i, text in {text: i for i, text in enumerate(full)}.items()}
+              for text, i in place.items()}
     return float(np.mean([scores[text] for text in full]))
 
 
