@@ -250,10 +250,7 @@ class TreeTrainer(Trainer):
 
     def _load_from_checkpoint(self, checkpoint, model=None):
         """Trainer reads whole models and PEFT's adapters, but not soft prompts."""
-        restore = checkpoints.RESTORE.get(checkpoints.peft_type(checkpoint))
-        if restore:
-            restore(self.model, checkpoint)
-        else:
+        if not checkpoints.restore(self.model, Path(checkpoint)):
             super()._load_from_checkpoint(checkpoint, model)
 
     # -- from start to end --
