@@ -177,13 +177,12 @@ def label_figures(truth: np.ndarray, found: np.ndarray) -> dict:
 
     Balanced figures are resampled within each label, since their frequencies are the data's design.
     """
-    groups = [found[truth == label] == label for label in LABELS if (truth == label).any()]
-    codes = [[_code(label) for label in found[truth == own]] for own in LABELS]
+    codes, groups = by_label(truth, found)
     most = max(LABELS, key=lambda label: (truth == label).sum())
     always = np.full(len(truth), most, dtype=object)
     # scikit-learn takes 2 ms a call, too long for 2,000 resamples: these come from counts
-    balanced = statistics.bootstrap_within(_mean_of_means, *groups)
-    macro_f1 = statistics.bootstrap_within(_macro_f1, *codes)
+    balanced = statistics.bootstrap_within(mean_of_means, *groups)
+    macro_f1 = statistics.bootstrap_within(macro_f1_of_codes, *codes)
     return {
         "accuracy": statistics.share_interval(int((truth == found).sum()), len(truth)),
         "balanced_accuracy": balanced | {"mean": statistics.balanced_accuracy(truth, found)},
@@ -191,6 +190,13 @@ def label_figures(truth: np.ndarray, found: np.ndarray) -> dict:
         "majority": {"label": most, "accuracy": float((truth == most).mean()),
                      "balanced_accuracy": statistics.balanced_accuracy(truth, always),
                      "macro_f1": statistics.macro_f1(truth, always, LABELS)}}
+
+
+def by_label(truth: np.ndarray, found: np.ndarray) -> tuple[list[list[int]], list[np.ndarray]]:
+    """The rows of each true label: coded answers, and for labels that occur, which are right."""
+    codes = [[_code(answer) for answer in found[truth == label]] for label in LABELS]
+    right = [found[truth == label] == label for label in LABELS if (truth == label).any()]
+    return codes, right
 
 
 def _code(label: str | None) -> int:
@@ -202,11 +208,11 @@ def _minus(a: np.ndarray, b: np.ndarray) -> float:
     return float(a.mean() - b.mean())
 
 
-def _mean_of_means(*groups: np.ndarray) -> float:
+def mean_of_means(*groups: np.ndarray) -> float:
     return float(np.mean([group.mean() for group in groups]))
 
 
-def _macro_f1(*codes: np.ndarray) -> float:
+def macro_f1_of_codes(*codes: np.ndarray) -> float:
     """Mean F1 of the labels from the coded answers of each label's rows."""
     kinds = len(LABELS) + 1
     confusion = np.array([np.bincount(np.asarray(own, dtype=int), minlength=kinds)
@@ -249,7 +255,7 @@ def difference(rows: list[dict], baseline: list[dict]) -> dict[str, Figure]:
     return {"follow_minus_leak": statistics.bootstrap_within(
                 _minus, follows[a.asks], follows[~a.asks]),
             "balanced_accuracy": statistics.bootstrap_within(
-                _mean_of_means, *(group for group in of_labels if len(group)))}
+                mean_of_means, *(group for group in of_labels if len(group)))}
 
 
 # ---- tables -------------------------------------------------------------------------------------
