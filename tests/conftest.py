@@ -164,11 +164,12 @@ def command(script: str, *flags, cwd: Path, **env: str) -> subprocess.CompletedP
     """Run a script as a user would, from another folder, on two threads."""
     variables = {**os.environ, "OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", **env}
     words = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        words, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def refused(capsys, code: int, call, *args) -> str:
-    """What a call prints on stderr when it refuses to go on: an error, and a hint at the way out."""
+    """What a call prints on stderr that leaves with an exit code, as it must."""
     with pytest.raises(SystemExit) as stop:
         call(*args)
     message = capsys.readouterr().err
