@@ -154,6 +154,8 @@ def connect(provider: str, base_url: str | None = None, timeout: float = 120.0,
 
         base_url = base_url.removesuffix("/v1")  # this package puts the version into every path
     else:
+        # classify needs it in a thread; openai breaks where it meets the httpx of a half import
+        import together  # noqa: F401
         from openai import OpenAI as Client
         from openai import Timeout
     return Client(base_url=base_url, api_key=key or "none",
