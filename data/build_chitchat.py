@@ -20,20 +20,17 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from modeling.embedder import load_embedder
-from utils import MISSING, fail
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
-
 import utils
-from data import check
+from data.check import spread
 from flags import FlagParser, parse_flags
+from modeling.embedder import load_embedder
+from scoring import checks
+from utils import MISSING, fail
 
 MIN_WORDS, MAX_WORDS = 3, 60
 MIN_COSINE = 0.15  # of prompt and reply; below it people mostly talk past the prompt
@@ -44,7 +41,7 @@ FILTERS = {  # in this order; a reply counts under the first filter that drops i
     "length": f"not {MIN_WORDS} to {MAX_WORDS} words",
     "speaker label": "spells a speaker label",
     "personal data": "an e-mail address, phone number, URL or card-like number",
-    "profanity": f"alt-profanity-check score of {check.MAX_PROFANITY} or more",
+    "profanity": f"alt-profanity-check score of {checks.MAX_PROFANITY} or more",
     "prompt again": "asks the prompt's question back, in its own words",
     "duplicate": "equals an earlier reply to the prompt, after normalising",
     "off topic": f"MiniLM cosine of prompt and reply is {MIN_COSINE} or less",
@@ -99,11 +96,11 @@ def why_dropped(prompt: str, reply: str, profanity: float, seen: set[str]) -> st
         return "greeting"
     if not MIN_WORDS <= len(reply.split()) <= MAX_WORDS:
         return "length"
-    if check.SPEAKER_LABEL.search(reply):
+    if checks.SPEAKER_LABEL.search(reply):
         return "speaker label"
-    if check.find_personal_data(reply):
+    if checks.find_personal_data(reply):
         return "personal data"
-    if profanity >= check.MAX_PROFANITY:
+    if profanity >= checks.MAX_PROFANITY:
         return "profanity"
     if repeats_prompt(prompt, reply):
         return "prompt again"
@@ -117,7 +114,7 @@ def filter_replies(replies: list[tuple[str, str]], embedder) -> tuple[dict[str, 
     kept: dict[str, list[str]] = defaultdict(list)
     seen: dict[str, set[str]] = defaultdict(set)
     dropped: Counter = Counter()
-    scores = check.profanity_scores([reply for _, reply in replies])
+    scores = checks.profanity_scores([reply for _, reply in replies])
     if scores is None:
         fail(MISSING, "the profanity filter is not installed", "pip install alt-profanity-check==1.9.1")
     for (prompt, reply), profanity in zip(replies, scores, strict=True):
@@ -127,8 +124,8 @@ def filter_replies(replies: list[tuple[str, str]], embedder) -> tuple[dict[str, 
             kept[prompt].append(reply)
             seen[prompt].add(utils.normalise(reply))
     prompts = sorted(kept)
-    prompt_vectors = check.embed(prompts, embedder, "prompts")
-    vectors = check.embed([reply for prompt in prompts for reply in kept[prompt]], embedder, "replies")
+    prompt_vectors = checks.embed(prompts, embedder, "prompts")
+    vectors = checks.embed([reply for prompt in prompts for reply in kept[prompt]], embedder, "replies")
     start, on_topic = 0, {}
     for prompt, vector in zip(prompts, prompt_vectors, strict=True):
         cosines = vectors[start:start + len(kept[prompt])] @ vector
@@ -155,7 +152,7 @@ def write_splits(out_dir: Path, candidates: dict[str, list[str]], splits: dict[s
         utils.atomic_write(out_dir / f"{split}.jsonl", text)
         sizes = [len(candidates[prompt]) for prompt in prompts]
         described[split] = {"file": f"{split}.jsonl", "rows": len(rows), "candidates": sum(sizes),
-                            "candidates_per_row": check.spread(sizes), "sha256": utils.sha256(text)}
+                            "candidates_per_row": spread(sizes), "sha256": utils.sha256(text)}
     return described
 
 

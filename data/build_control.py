@@ -17,20 +17,17 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from methods.control import attributes
-from utils import MISSING, USAGE, fail
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a script in a subfolder does not see utils.py
-
 import utils
 from flags import FlagParser, parse_flags
+from methods.control import attributes
+from scoring import checks
+from utils import MISSING, USAGE, fail
 
 URL = re.compile(r"\b(?:https?://|www\.)\S+", re.I)
 MENTION = re.compile(r"^\s*RT\b|(?<!\w)@\w+")  # retweets and names
@@ -95,13 +92,12 @@ def check_document(row: dict) -> str | None:
 
 def why_dropped(text: str, seen: set[str], args) -> str | None:
     """The first filter that a cleaned text fails; seen: normalised texts before it."""
-    from data import check
 
     if not attributes.has_letters(text):
         return "no letters"
     if not args.min_words <= len(text.split()) <= args.max_words:
         return "length"
-    if check.find_personal_data(text):
+    if checks.find_personal_data(text):
         return "personal data"
     if re.search(r"<\|.*?\|>|\[/?INST\]|</?s>", text):
         return "special token"

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import utils
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs as a script, imports the toolkit
-
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,8 @@ import pytest
 from conftest import write_jsonl
 
 import utils
-from data import build_chitchat, check
+from data import build_chitchat, check, check_report
+from scoring import checks
 
 ROWS = [
     {"context": "Is a tomato a fruit?\nOnly in a botany class.",
@@ -118,11 +119,11 @@ def test_the_proxy_is_given_the_rows_and_is_skipped_for_too_few():
             self.auc, self.seen = 0.75, list(progress(rows))[:limit]
 
     rows = [ROWS[0]] * 10
-    judge, report = Judge(), check.Report("x.jsonl", rows, list(range(1, 11)))
-    check.measure_proxy(report, judge, limit=4)
+    judge, report = Judge(), check_report.Report("x.jsonl", rows, list(range(1, 11)))
+    check._measure_proxy(report, judge, limit=4)
     assert report.figures["proxy_auc"] == 0.75 and len(judge.seen) == 4
-    few = check.Report("x.jsonl", rows[:9], list(range(1, 10)))
-    check.measure_proxy(few, judge, limit=4)
+    few = check_report.Report("x.jsonl", rows[:9], list(range(1, 10)))
+    check._measure_proxy(few, judge, limit=4)
     assert few.skipped["proxy_auc"] == "skipped: needs 10 rows"
 
 
@@ -182,8 +183,8 @@ def test_an_opening_that_too_many_rows_share_is_found_where_it_first_stands():
         rows[i]["candidates"][0] = f"Have you TRIED{' very' * i} hard"
     for i in (20, 21, 22, 23):
         rows[i]["context"] = f"Did you hear, {i}\nyes"
-    report = check.Report("x.jsonl", rows, list(range(1, 101)))
-    check.check_openings(report, check.build_parser(None).parse_args(["x.jsonl"]))
+    report = check_report.Report("x.jsonl", rows, list(range(1, 101)))
+    check._check_openings(report, check.build_parser().parse_args(["x.jsonl"]))
     assert report.violations == [
         (21, "opening", '4.0% of the contexts begin with "did you hear" (4 of 100), the limit is 3.0%'),
         (11, "opening", '2.5% of the candidates begin with "have you tried" (5 of 200), the limit is 2.0%')]
@@ -200,9 +201,9 @@ def test_near_duplicates_across_two_files_name_both_places(run_check, tmp_path):
 def test_lines_are_counted_in_the_file_and_not_in_the_rows(tmp_path):
     path = tmp_path / "gaps.jsonl"
     path.write_text("\ufeff\n" + "\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
-    assert check.read_report(str(path)).lines == [2, 4, 6]
+    assert check_report.read_report(str(path)).lines == [2, 4, 6]
     path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")  # one array: its items are the rows
-    assert check.read_report(str(path)).lines == [1, 2, 3]
+    assert check_report.read_report(str(path)).lines == [1, 2, 3]
 
 
 def test_at_most_twenty_violations_are_shown_and_all_are_counted(run_check):
@@ -246,7 +247,7 @@ def test_broken_rows_and_repeated_files_stop_before_anything_is_measured(tmp_pat
     ("I said...no. Well.Never", None),
 ])
 def test_personal_data_is_known_by_its_form(text, found):
-    assert check.find_personal_data(text) == found
+    assert checks.find_personal_data(text) == found
 
 
 @pytest.mark.parametrize("text, labelled", [
@@ -256,14 +257,14 @@ def test_personal_data_is_known_by_its_form(text, found):
     ("My assistant: a cat", False),
 ])
 def test_speaker_labels_are_told_from_colons(text, labelled):
-    assert bool(check.SPEAKER_LABEL.search(text)) == labelled
+    assert bool(checks.SPEAKER_LABEL.search(text)) == labelled
 
 
 def test_duplicates_are_paired_with_the_most_similar_earlier_text():
     """Unit vectors at 0, 60 and 10 degrees: cos 10 = 0.985 to the first, cos 50 = 0.64 to the second."""
     angles = np.radians([0, 60, 10, 90])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    found = check.find_duplicates(["one", "two", "three", " TWO. "], vectors, 0.9)
+    found = checks.find_duplicates(["one", "two", "three", " TWO. "], vectors, 0.9)
     assert found == [(2, 0, pytest.approx(0.9848, abs=1e-4)), (3, 1, None)]
 
 
