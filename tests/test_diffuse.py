@@ -7,7 +7,6 @@ import json
 import math
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_model, refused
@@ -18,15 +17,12 @@ import infer
 import train
 import trees
 import utils
-from methods.diffuse import evaluation, prompts, training
+from methods.diffuse import prompts, training
 from modeling.prompts import end_of_turn
-from scoring import metrics, statistics
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import diffuse_transfer  # noqa: E402
 from speed_diffuse import number_row, padded_loss, training_args  # noqa: E402
 
-evaluation = __import__("importlib").import_module("eval")
 LN = math.log
 
 
@@ -237,59 +233,6 @@ def test_the_binomial_that_ships_is_binomial():
     assert row["weights"] == pytest.approx(want, abs=1e-7)
 
 
-# ---- figures ------------------------------------------------------------------------------------
-
-
-def test_exact_fit_by_hand():
-    """w = (1/2, 1/2), p = (1/2, 1/4): KL = ln(2) / 2 = 0.3466; outside 1/4; TV = (0 + 1/4 + 1/4) / 2 = 1/4; floor ln 2."""
-    fit = metrics.exact_fit([0.5, 0.5, 0.0], [LN(0.5), LN(0.25), LN(0.2)])
-    assert fit == pytest.approx({"kl": LN(2) / 2, "outside": 0.25, "tv": 0.25, "floor": LN(2)})
-
-
-def test_entropy_of_counts_and_its_correction_by_hand():
-    """(2, 1, 1): (1/2) ln 2 + 2 (1/4) ln 4 = 1.0397; Miller-Madow adds (3 - 1) / 8 = 0.25."""
-    assert statistics.entropy([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2))
-    assert statistics.miller_madow([2, 1, 1, 0]) == pytest.approx(1.5 * LN(2) + 0.25)
-    assert statistics.entropy([]) is None and statistics.miller_madow([0]) is None
-
-
-def test_the_corrected_entropy_is_nearer_to_the_truth_and_its_interval_covers_it():
-    """1,000 draws of 200 equal names, 60 times: plug-in is low by about 0.1; of 95 % intervals at least 85 % cover ln 200."""
-    rng = np.random.default_rng(0)
-    samples = [rng.multinomial(1000, [1 / 200] * 200) for _ in range(60)]
-    plain, corrected = (np.mean([f(s) for s in samples]) for f in (statistics.entropy, statistics.miller_madow))
-    assert plain < LN(200) - 0.08 and abs(corrected - LN(200)) < 0.02
-    covered = [low <= LN(200) <= high for low, high in (statistics.entropy_interval(s, 300) for s in samples)]
-    assert np.mean(covered) >= 0.85
-
-
-def test_chi_square_by_hand():
-    """Counts (30, 10) against equal weights: 2 x 10^2 / 20 = 10, far in the tail; (20, 20) fits perfectly."""
-    bad, good = statistics.chi_square([30, 10], [0.5, 0.5]), statistics.chi_square([20, 20], [0.5, 0.5])
-    assert bad["chi_square"] == pytest.approx(10) and bad["dof"] == 1 and bad["p_value"] < 0.01
-    assert good["chi_square"] == 0 and good["p_value"] == 1 and statistics.chi_square([0, 0], [0.5, 0.5]) is None
-
-
-def test_answers_are_read_from_the_first_braces_and_bare_targets_from_the_reply():
-    targets = ["{1}", "{2}"]
-    assert evaluation.find_answer("Sure! {2} or {1}", targets) == "{2}"
-    assert evaluation.find_answer("two", targets) is None
-    assert evaluation.find_answer(" red ", ["red", "blue"]) == "red"
-    assert evaluation.find_answer("red and more", ["red"], eos=False) == "red"
-    assert evaluation.find_answer("{Ana}\n{F}\n{poet}", ["{Bo}\n{M}"]) == "{Ana}\n{F}"
-
-
-def test_sample_figures_by_hand():
-    """Ten replies: {1} x 4, {2} x 2, {7} x 2 (no target), 2 without braces. {2} was not trained on."""
-    row = {"targets": ["{1}", "{2}", "{3}"], "weights": [0.5, 0.25, 0.25], "eos": True,
-           "preds": ["{1}"] * 4 + ["{2}"] * 2 + ["{7}"] * 2 + ["no"] * 2}
-    own = evaluation.sample_figures(row, {"{1}", "{3}"})
-    assert own["coverage"] == 3 and own["covered"] == 2 and own["parsed"][0] == 0.8 and own["valid"][0] == 0.6 and own["new"][0] == 0.2
-    assert own["unseen_valid"][0] == 0.2 and own["new_distinct"] == 1 and own["counts"] == {"{1}": 4, "{2}": 2, "{7}": 2}
-    assert own["entropy_plugin"] == pytest.approx(statistics.entropy([4, 2, 2]))
-    assert own["chi_square"] == pytest.approx((4 - 3) ** 2 / 3 + (2 - 1.5) ** 2 / 1.5 + 1.5)
-
-
 # ---- a run --------------------------------------------------------------------------------------
 
 
@@ -383,24 +326,6 @@ def test_both_modes_name_themselves_and_draw_exactly_as_many_as_asked(sampled, c
         assert summary["settings"]["mode"] == mode and summary["settings"]["method"] == "diffuse"
 
 
-def test_samples_follow_the_exact_probabilities_and_the_tuned_model_the_target(sampled, config, capsys):
-    save = config.parent / "out.json"
-    evaluation.main(["--eval_file", *map(str, sampled), "--save_file", str(save)])
-    said = capsys.readouterr().out
-    result = json.loads(save.read_text())
-    before, after = (result["systems"][mode]["prompts"]["numbers/a"] for mode in ("untuned", "lora"))
-    assert after["kl"] < 0.06 < before["kl"] and after["tv"] < 0.17 < before["tv"]  # Pinsker: tv <= sqrt(kl / 2)
-    assert after["valid"][0] > 0.9 > before["valid"][0] and after["outside"] < 0.1
-    assert after["entropy"][1] <= 1.5 * LN(2) + 0.12 and abs(after["entropy"][0] - 1.5 * LN(2)) < 0.15
-    lines = [json.loads(line) for line in save.with_suffix(".jsonl").read_text().splitlines()]
-    tuned = next(line for line in lines if line["system"] == "lora")
-    for target, logp in zip(tuned["targets"], tuned["logps"], strict=True):
-        assert tuned["counts"][target] / 150 == pytest.approx(math.exp(logp), abs=0.14)
-    assert "numbers/a" in said and (config.parent / "out_plots" / "numbers_a.png").stat().st_size > 5000
-    evaluation.main(["--show", str(save)])
-    assert "numbers/b" in capsys.readouterr().out
-
-
 def test_sampling_without_a_mode_or_a_checkpoint_is_refused(config, capsys):
     said = refused(capsys, 2, infer.main, ["--method", "diffuse", "--config", str(config), "--save_file", "x.jsonl"])
     assert "--mode" in said and "untuned" in said
@@ -422,27 +347,3 @@ def test_generate_samples_after_training(prompts, tiny_dir, tmp_path, monkeypatc
                 "--output_dir", str(tmp_path / "ck"), "--generate", "--n_generations", "3", "--max_new_tokens", "4"])
     rows = [json.loads(line) for line in (tmp_path / "outs" / "diffuse_lora.jsonl").read_text().splitlines()]
     assert [len(row["preds"]) for row in rows] == [3, 3] and rows[0]["mode"] == "lora"
-
-
-def test_transfer_leaves_every_task_out_and_goes_on_with_what_is_there(able_dir, tmp_path, monkeypatch, capsys):
-    """Two tasks of two prompts: each is sampled before and after training on the other; a second run draws nothing anew."""
-    for task in ("a", "b"):
-        for name in ("x", "y"):
-            write_prompt(tmp_path / task / f"{name}.json", request=f"{task}{name}?")
-    (tmp_path / "c.yaml").write_text(f"model: {able_dir}\nmethod: diffuse\ntrain_prompts: [{tmp_path}/a, {tmp_path}/b]\noutput_dir: x\n")
-    flags = ["--config", tmp_path / "c.yaml", "--n_iters", 2, "--n_generations", 12, "--max_new_tokens", 4, "--out_dir", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["diffuse_transfer.py", *map(str, flags)])
-    results = []
-    for _ in range(2):
-        diffuse_transfer.main()
-        said = capsys.readouterr()
-        results.append(json.loads(said.out.splitlines()[-1])["tasks"])
-    assert results[0] == results[1] and set(results[0]) == {"a", "b"} and "before → after" in said.out
-    assert "this run is finished" in said.err
-    for task, line in results[0].items():
-        before, after = ([json.loads(row) for row in (tmp_path / "out" / f"{task}_{mode}.jsonl").read_text().splitlines()]
-                         for mode in ("untuned", "lora"))
-        assert [row["task"] for row in before] == [task, task] and before[0]["preds"] != after[0]["preds"]
-        assert line["prompts"] == 2 and line["kl"]["after"] < line["kl"]["before"]
-    run = json.loads((tmp_path / "out" / "a_lora.json").read_text())["run"]
-    assert "without_a" in str(run["args"]["exp_name"])
