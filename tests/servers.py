@@ -69,7 +69,7 @@ def serve():
             if callable(answer):
                 answer = answer(body)
             if answer == "hang":
-                done.wait(20)
+                done.wait(60)
             elif answer == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
