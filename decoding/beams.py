@@ -205,13 +205,14 @@ class _Beams:
         taken = torch.zeros_like(logps[:, 0, 0])  # (R, V): how often earlier groups took a token
         origin, token = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
         for g in range(self.shape[1]):
-            if g:
+            if g:  # the first group is free to choose
                 logps[:, g] -= penalty * taken[:, None]
             scores = logps[:, g]
             if logits_processor:  # some hold a number per sequence of the whole batch
                 every = logits_processor(self.input_ids, logps.flatten(0, 2))
                 scores = every.view_as(logps)[:, g]
             choice = self._choose(g, (scores + self.scores[:, g, :, None]).flatten(1))
+            # a group that is done takes pads, which count as taken: so did the library
             self.scores[:, g], origin[:, g], token[:, g] = choice.unbind(-1)
             taken.scatter_add_(1, token[:, g], torch.ones_like(self.scores[:, g]))
         # from a beam's place in its group to its place in the batch
@@ -256,6 +257,7 @@ class _Beams:
             for score, sequence in finished[::-1][:num_returned]:
                 scores.append(score)
                 sequences.append(sequence)
+        # one end token, where there is room for it, and pads to the longest sequence
         length = min(max(map(len, sequences)) + 1, self.config.max_length)
         end = self.eos_ids[:1] or [self.pad_id]
         padded = [(ids + end + [self.pad_id] * length)[:length] for ids in sequences]
@@ -288,7 +290,7 @@ class _Group:
 
         Beams that end go to `finished`.
         """
-        if self.done:
+        if self.done:  # its beams stay in the batch until the last group is done
             return [_Option(0.0, 0, self.pad_id)] * self.size
         length = ids.shape[1] + 1 - self.start
         chosen: list[_Option] = []
@@ -299,6 +301,7 @@ class _Group:
                 self._add(option.score, ids[option.beam].tolist(), length)
             if len(chosen) == self.size:
                 break
+        # a group is done when no running beam can end better than its worst finished one
         if len(self.finished) == self.size:
             attainable = options[0].score / self._best_length(length) ** self.length_penalty
             self.done = self.early_stopping is True or self._worst() >= attainable

@@ -56,7 +56,7 @@ def next_logits(trees: list[Tree], logits: Tensor) -> Tensor:
 
     logits (computed trees, N, V): what the model gives after the newest token of every branch.
     """
-    kinds = {type(tree) for tree in trees}
+    kinds = {type(tree) for tree in trees}  # they differ in the shape of their logits
     assert len(kinds) == 1, f"trees of one kind are decoded together, got {kinds}"
     if isinstance(trees[0], GuidedTree):
         return guide(logits, [tree.guidance_scale for tree in trees])
@@ -71,7 +71,7 @@ def guide(logits: Tensor, guidance_scale: list[float]) -> Tensor:
 
     logits (2 x rows, N, V): of the conditioned rows, then of the same rows without condition.
     """
-    cond, uncond = logits.chunk(2)
+    cond, uncond = logits.chunk(2)  # in the order of computed_trees
     scale = torch.tensor(guidance_scale, device=logits.device)[:, None, None]
     return uncond + scale * (cond - uncond)
 
@@ -80,5 +80,6 @@ def mix(logits: Tensor, weights: Tensor, kind: str) -> Tensor:
     """The logits (rows, V) of a mixture of branches: logits (rows, N, V), weights (rows, N)."""
     weights = weights[..., None]
     if kind == "probs":
+        # in logs, where small probabilities do not vanish
         return (logits.log_softmax(-1) + weights.log()).logsumexp(1)
     return (weights * logits).sum(1)

@@ -3,9 +3,9 @@
 - sample: one response per branch, from the filtered softmax; reproducible row by row;
 - greedy: the most probable token at every step, one response per branch.
 
-Both take plain, guided and mixed trees (mixtures.py); the branches of a mixed tree give one response
-together. Beam searches are in beams.py. Token lists come back as [row][response], without the end
-token.
+Both take plain, guided and mixed trees (mixtures.py); the branches of a mixed tree give one
+response together. Beam searches are in beams.py. Token lists come back as [row][response], without
+the end token.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def sample(
     """
     processors = warpers(temperature, top_p, top_k, min_p, typical_p, top_n_sigma)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # after the filters: what they mask stays at -inf, whatever the noise
     processors.append(GumbelNoise(generators, num_responses(trees)))
     return complete(model, trees, pad_id, eos_id, max_new_tokens, processors)
 
@@ -92,7 +93,7 @@ def warpers(
 ) -> LogitsProcessorList:
     """The filters of sampling, in the library's order."""
     processors = LogitsProcessorList()
-    if top_n_sigma:
+    if top_n_sigma:  # before the temperature, see TopNSigma
         processors.append(TopNSigma(top_n_sigma))
     processors.append(TemperatureLogitsWarper(temperature))
     if top_k:
@@ -136,9 +137,11 @@ def complete(
     ended = torch.zeros(rows * n, dtype=torch.bool, device=tokens.device)
     while tokens.shape[1] < max_new_tokens and not ended.all():
         if tokens.shape[1]:
+            # all branches of a mixed tree read the token that was chosen for them together
             newest = tokens[:, -1].view(rows, n).expand(rows, num_branches)
             branches.feed(newest.repeat(copies, 1))
         scores = processors(tokens, next_logits(trees, branches.logits).flatten(0, 1))
+        # a branch that has ended is fed pads until the others have ended, too
         token = scores.argmax(-1).masked_fill(ended, pad_id)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
         ended |= token == eos_id

@@ -34,6 +34,7 @@ def add_lora(model, args, **more):
     settings = resolve_lora(args, model)
     targets = settings["lora_target_modules"]
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    # PEFT itself refuses only where no name at all matches
     missing = [t for t in targets if t != "all-linear" and t not in names]
     if missing:
         modules = " ".join(n for n in names if not n.isdigit())

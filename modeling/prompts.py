@@ -128,13 +128,14 @@ def fit_messages(
     turns is None for a row with a `prompt`.
     """
     turns = label_turns(row["context"]) if "context" in row else None
+    # words first, as published; tokens are counted below, with the template and all that is asked
     kept = turns and keep_latest(turns, max_words)
     cut = int(bool(turns) and kept[-1] != turns[-1])  # the newest turn itself lost its start
     while True:
         prompts = [encode_prompt(tokenizer, message) for message in write(kept)]
         if max(map(len, prompts)) <= max_tokens:
             return prompts, len(turns) - len(kept) + cut if turns else 0
-        kept = kept and kept[1:]
+        kept = kept and kept[1:]  # the oldest turn goes, for all prompts alike
         if not kept:
             return [], len(turns or ())
 
@@ -146,9 +147,11 @@ def refuse_special_tokens(
 
     allowed: new tokens of a checkpoint, which are meant to be written.
     """
+    # spaces of several widths are added tokens in some tokenizers, and harmless
     marks = set(tokenizer.all_special_tokens)
     marks |= {str(token) for token in tokenizer.added_tokens_decoder.values()}
     marks = sorted(mark for mark in marks - set(allowed) if not mark.isspace())
+    # looked for in the row's JSON, so that no field and no nested list is forgotten
     escaped = {mark: json.dumps(mark, ensure_ascii=False)[1:-1] for mark in marks}
     for number, row in enumerate(rows, 1):
         text = json.dumps(row, ensure_ascii=False)

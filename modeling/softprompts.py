@@ -61,7 +61,7 @@ class SoftPrompts(nn.Module):
         return self.words.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        virtual = input_ids >= FIRST_VIRTUAL
+        virtual = input_ids >= FIRST_VIRTUAL  # both tables are read, each with ids that it has
         words = self.words(input_ids.masked_fill(virtual, 0))
         rows = F.embedding((input_ids - FIRST_VIRTUAL).clamp(min=0), self.prompts.flatten(0, 1))
         return torch.where(virtual[..., None], rows.to(words.dtype), words)
@@ -72,7 +72,7 @@ class SoftPrompts(nn.Module):
         padding = [length - len(context) for context in contexts]
         ids = [context + [0] * pad for context, pad in zip(contexts, padding, strict=True)]
         mask = [[True] * (length - pad) + [False] * pad for pad in padding]
-        with torch.no_grad():
+        with torch.no_grad():  # the words are frozen; gradients go to prompts and retriever
             words = self.words(torch.tensor(ids, device=device)).float() - self.centre
         return self.retriever(self.prompts, words, torch.tensor(mask, device=device), self.centre)
 
@@ -138,7 +138,7 @@ class Retriever(nn.Module):
 
 def attach(model, config: dict, state: dict[str, Tensor] | None = None):
     """Freeze a model and give it soft prompts, new or saved ones; it is changed in place."""
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before the prompts are there, which are to be trained
     soft = SoftPrompts(model.get_input_embeddings(), config)
     if state is not None:
         _load_state(soft, state)

@@ -15,6 +15,7 @@ BY_TREE = "sdpa_by_tree"  # the name under which transformers knows sdpa_by_tree
 def register() -> None:
     """Make `sdpa_by_tree` known to transformers; to be called before a model is set to use it."""
     AttentionInterface.register(BY_TREE, sdpa_by_tree)
+    # for a 2-D mask, as generate has it, transformers makes what it makes for SDPA
     AttentionMaskInterface.register(BY_TREE, sdpa_mask)
 
 
@@ -60,6 +61,7 @@ def sdpa_by_tree(
     outputs, start = [], 0
     for length in tree_lengths:
         tree = slice(start, start + length)
+        # of the mask only a tree's own block is used: outside of it nothing may attend
         output, _ = sdpa_attention_forward(
             module,
             query[:, :, tree],

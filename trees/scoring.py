@@ -37,6 +37,7 @@ def score_logits(model, batch: Batch) -> tuple[Tensor, Tensor]:
     positions, place = torch.unique(parents, return_inverse=True)  # (P,), (S,)
     if not len(positions):  # nothing to score; keep the graph, so that DDP sees every parameter
         positions = batch["parent"].new_zeros(1)
+    # computed are the tokens that another token sees, and those that predict one
     last = batch["last"]
     inner = last != torch.arange(len(last), device=last.device)
     inner[positions] = True
@@ -67,7 +68,7 @@ def score_in_parts(model, batch: Batch, max_leaves: int, max_tokens: int) -> Ten
     parts = split(batch, max_leaves, max_tokens)
     if len(parts) == 1:
         return score(model, batch)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():  # nothing to be computed again
         return torch.cat([score(model, part) for part in parts])
     return torch.cat([checkpoint(score, model, part, use_reentrant=False) for part in parts])
 
@@ -131,12 +132,13 @@ def _blocks(forest: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
 
 def _by_tree(logps: Tensor, batch: Batch) -> list[ScoredTree]:
     """The log-probabilities (S,) of a packed batch, tree by tree."""
+    # the packing is depth first, so the scored tokens of a tree are neighbours
     columns = {name: batch[name].cpu() for name in ("role", "weight", "branch", "token", "row")}
     last = batch["last"].cpu()[columns["token"]]
     sizes = torch.bincount(columns["row"], minlength=batch["num_rows"]).tolist()
     parts = [column.split(sizes) for column in (
         logps.cpu(), columns["role"], columns["weight"], columns["branch"], columns["token"], last)]
-    starts, start = [], 0
+    starts, start = [], 0  # where a tree begins in the packed row
     for tree in batch["trees"]:
         starts.append(start)
         start += num_tokens(tree)
@@ -164,6 +166,7 @@ def _path_sums(
 ) -> tuple[Tensor, Tensor]:
     """leaf_sums of tokens (S,) with the ends (S,) of their subtrees, by the attention rule."""
     leaf = (token == last).nonzero().flatten()
+    # a scored token is on the path to a leaf exactly if the leaf may attend to it
     on_path = (token[None, :] <= token[leaf][:, None]) & (token[leaf][:, None] <= last[None, :])
     return branch[leaf], (on_path.to(values.dtype) * values).sum(1)
 

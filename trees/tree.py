@@ -87,12 +87,13 @@ def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segmen
 
     def grow(members: list[int], start: int) -> list[Segment]:
         """The segments of sequences that agree up to start, one per next token."""
-        by_token: dict[int, list[int]] = {}
+        by_token: dict[int, list[int]] = {}  # a sequence that has ended here would be a clash
         for i in members:
             by_token.setdefault(sequences[i][start], []).append(i)
         segments = []
         for group in by_token.values():
             first, end = sequences[group[0]], start + 1
+            # a segment goes on as long as the whole group agrees
             while end < len(first) and all(sequences[i][end] == first[end] for i in group):
                 end += 1
             is_leaf = len(group) == 1
