@@ -68,6 +68,7 @@ def add_infer_args(parser) -> None:
                        default=[],
                        help="attribute values of the replies, such as toxicity=nontoxic "
                             "sentiment=pos")
+    # None is no sweep, and no word after the flag a sweep over all attributes
     group.add_argument("--sweep", nargs="*", metavar="NAME[=VALUE,VALUE]",
                        help="every combination of values, and of none, of these attributes "
                             "(default: all that were trained), with --num_response_per_input "
@@ -89,6 +90,7 @@ def check_infer(args) -> None:
     if args.overgenerate or args.decoding not in ("sampling", "greedy", "beam", "diverse"):
         fail(USAGE, "control tokens stand before plain text: no --overgenerate, "
                     "no decoding by asking", "--decoding sampling")
+    # beam search knows no guided trees
     if args.guidance_scale != 1 and args.decoding not in ("sampling", "greedy"):
         fail(USAGE, f"--guidance_scale does nothing with --decoding {args.decoding}",
              "drop it, or --decoding sampling")

@@ -33,10 +33,12 @@ def assign_tokens(tokenizer, schema: dict) -> dict[str, str]:
     names = [f"{name}={value}" for name, labels in schema.items() for value in labels["values"]]
     ids = _added_tokens(tokenizer)
     spare = sorted((token for token in ids if SPARE.fullmatch(token)), key=ids.get)
+    # spare tokens have rows already, so the embeddings keep their size
     if len(spare) >= len(names):
         return dict(zip(names, spare, strict=False))
     tokens = [f"<|{name}|>" for name in names]
     if any(token not in ids for token in tokens):
+        # special, so that decoded text does not show them; the base's own special tokens stay
         tokenizer.add_special_tokens({"additional_special_tokens": tokens},
                                      replace_extra_special_tokens=False)
     return dict(zip(names, tokens, strict=True))

@@ -58,6 +58,7 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
         return model
     fit_embeddings(model, tokenizer)
     ids = _banned_ids(tokenizer, args.schema)
+    # spare tokens have rows of their own, which may be untrained noise; all start alike
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
         weight[ids] = weight.mean(0)

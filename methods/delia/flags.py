@@ -66,7 +66,7 @@ def check_train(args) -> None:
 def add_infer_args(parser) -> None:
     """Self-sampling, and messages from several files."""
     parser.set_defaults(num_response_per_input=1, max_new_tokens=512)
-    many(parser, "test_file")
+    many(parser, "test_file")  # data/delia has unseen and seen phrasings in two files
     group = parser.add_argument_group("method delia")
     group.add_argument("--self_sample", action="store_true",
                        help="--test_file has queries with reference answers: write the model's own "
@@ -90,6 +90,7 @@ def check_infer(args) -> None:
     if args.decoding != "sampling" or args.overgenerate:
         fail(USAGE, "--self_sample draws from the model as it is",
              "drop --decoding and --overgenerate")
+    # the draws go into a file beside it, so that nobody else looks whether the cache is there
     cache = Path(args.save_file)
     if cache.suffix != ".jsonl":
         fail(USAGE, f"--save_file {cache} must end in .jsonl", f"{cache.with_suffix('.jsonl')}")

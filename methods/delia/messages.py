@@ -18,6 +18,7 @@ def read_messages(path: str, new_tokens: list[str], strict: bool) -> list[dict]:
 
     strict: they are task rows, as in check_tokens.
     """
+    # tokens are looked for only in rows that are well formed
     rows = utils.read_jsonl(
         path, lambda row: check_messages(row) or check_tokens(row, new_tokens, strict))
     return [{"messages": row["messages"], "prompt": row["messages"][-2]["content"],
@@ -77,7 +78,7 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     """
     try:
         return encode_messages(tokenizer, messages)
-    except TemplateError:
+    except TemplateError:  # raise_exception in the template, as Gemma's does over a system turn
         if messages[0]["role"] != "system":
             raise
         system, first, *rest = messages

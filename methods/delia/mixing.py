@@ -28,6 +28,7 @@ def check_author(path: str, model_name: str) -> None:
         author = json.loads(manifest.read_text(encoding="utf-8"))["weights"]
     except (ValueError, KeyError, TypeError):
         fail(USAGE, f"{manifest} is not a manifest of infer.py --self_sample", hint)
+    # another model's samples would pull towards that model instead of holding this one in place
     weights = base_fingerprint(model_dir(model_name))
     if author != weights:
         by = f"by model {author}" if author else "through a server, by a model without fingerprint"
@@ -47,6 +48,7 @@ def draw_diverse(cache: list[dict], count: int, seed: int) -> list[dict]:
 
     Where count exceeds the cache, every row stands there equally often, give or take once.
     """
+    # a stream of its own, so that the rows drawn do not depend on what else is random
     rng, chosen = random.Random(f"{seed}-diverse"), []
     while len(chosen) < count:
         chosen += rng.sample(cache, min(len(cache), count - len(chosen)))
@@ -60,6 +62,7 @@ def spread(order: list[int], is_task: list[bool]) -> list[int]:
     """
     task = [i for i in order if is_task[i]]
     diverse = [i for i in order if not is_task[i]]
+    # a task row wherever the share of task rows reaches the next whole number
     total, count = len(order), len(task)
     return [task.pop() if (place + 1) * count // total > place * count // total else diverse.pop()
             for place in range(total)]

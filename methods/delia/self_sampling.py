@@ -10,7 +10,7 @@ from pathlib import Path
 import utils
 
 SYSTEM = "You are a helpful AI assistant."
-REFUSAL = re.compile(
+REFUSAL = re.compile(  # at the start of an answer: an apology later on is no refusal
     r"(?:i['’]?m|i am|we are) (?:very |so )?sorry\b|sorry, (?:but )?i\b|i apologi[sz]e\b"
     r"|unfortunately, i\b|as an? (?:ai|artificial)\b"
     r"|i (?:can['’]?t|cannot|can not|won['’]?t|am unable|['’]?m unable|am not able|don['’]?t have"
@@ -41,6 +41,7 @@ def write_cache(draws_file: Path, summary: dict, run: dict, args) -> None:
     X.json is the cache's manifest. run: the run.json of the model that answered.
     """
     cache = draws_file.with_name(draws_file.name.removesuffix(".draws.jsonl") + ".jsonl")
+    # from the file, which also holds what an interrupted run has drawn
     rows, counts = keep_answers(utils.read_jsonl(draws_file))
     utils.atomic_write(cache, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     settings = {
@@ -69,6 +70,8 @@ def keep_answers(draws: list[dict]) -> tuple[list[dict], dict]:
         for place, answer in enumerate(draw["preds"]):
             counts["drawn"] += 1
             plain = utils.normalise(answer)
+            # the first fault counts; repeats are looked for among the answers to all queries, since
+            # a stock answer would be learnt as often as it stands in the cache
             fault = ("truncated" if place in draw.get("cut_at", []) else "empty" if not plain else
                      "refused" if REFUSAL.match(answer) else "duplicate" if plain in seen else None)
             counts[fault or "kept"] += 1

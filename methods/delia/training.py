@@ -23,6 +23,7 @@ def load_rows(args) -> list[dict]:
     --limit counts task rows, since the number of diverse rows follows from theirs.
     """
     task = read_messages(args.train_file, args.new_tokens, strict=True)[: args.limit]
+    # after --limit: a token must stand in a row that is trained on
     text = json.dumps([row["messages"] for row in task], ensure_ascii=False)
     unused = [token for token in args.new_tokens
               if json.dumps(token, ensure_ascii=False)[1:-1] not in text]
@@ -54,7 +55,7 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
     """LoRA, and the new tokens' rows as trained parameters (or LoRA on the embedding, too)."""
     if not args.new_tokens:
         return add_lora(model, args)
-    grow_embeddings(model, tokenizer, vars(args))
+    grow_embeddings(model, tokenizer, vars(args))  # before LoRA, which copies the rows it trains
     if args.token_train == "lora":
         return add_lora(model, args.with_values(lora_target_modules=_lora_targets(model, args)))
     ids = tokenizer.convert_tokens_to_ids(args.new_tokens)
@@ -79,6 +80,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
     ids = [*ids, end_of_turn(tokenizer)]
     if len(prompt) + len(ids) > args.max_length:
         return None
+    # of a packed batch, only the branch still tells which source a token is from
     branch = DIVERSE if row["source"] == "diverse" else TASK
     return Tree(Segment(prompt, children=[Segment(ids, LIKELIHOOD, branch=branch)]))
 

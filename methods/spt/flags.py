@@ -14,6 +14,7 @@ def add_train_args(parser) -> None:
     """Soft prompts, retriever and losses; and the published names of common flags."""
     parser.set_defaults(  # as published
         learning_rate=1e-4, per_device_train_batch_size=2, max_steps=-1, seed=3407)
+    # what the published configs call them
     add_alias(parser, "train_file", "--train")
     add_alias(parser, "per_device_train_batch_size", "--batch_size")
     add_alias(parser, "num_train_epochs", "--num_epochs")
@@ -69,6 +70,7 @@ def check_train(args) -> None:
     """Exit over losses that are all off, and over flags of models that are not frozen."""
     if not args.w_lm + args.w_sel + args.w_fuse + args.w_ctr:
         fail(USAGE, "--w_lm, --w_sel, --w_fuse and --w_ctr are all 0", "there is nothing to learn")
+    # None where not given: the defaults of LoRA are resolved with the model
     lora = {"--lora_r": args.lora_r, "--lora_alpha": args.lora_alpha,
             "--lora_dropout": args.lora_dropout, "--lora_target_modules": args.lora_target_modules}
     for flag, value in lora.items():

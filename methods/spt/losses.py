@@ -38,7 +38,7 @@ def selection_loss(nll: Tensor, log_h: Tensor, tau_gold: float = 1.0, noise: flo
     nll, log_h: (B, K). noise: standard deviation of what is added to the logits of g (added to g
     itself, it could make it negative).
     """
-    target = -nll.detach() / tau_gold
+    target = -nll.detach() / tau_gold  # the model teaches the retriever, not the other way round
     if noise:
         target = target + noise * torch.randn_like(target)
     log_g = target.log_softmax(-1)
@@ -69,6 +69,7 @@ def contrastive_loss(scores: Tensor, texts: list[str], threshold: float = 20.0) 
     if not pairs:
         return scores.sum() * 0  # in the graph, so that DDP sees a gradient of every parameter
     first, second = torch.tensor(pairs, device=scores.device).T
+    # sorted, since similarity is symmetric: each pair is in the cache once
     similar = [1.0 if similarity(*sorted((texts[i], texts[j]))) > threshold else -1.0
                for i, j in pairs]
     return F.cosine_embedding_loss(

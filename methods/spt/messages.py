@@ -28,6 +28,7 @@ def latest(row: dict, max_turns: int) -> dict:
 
 def message(row: dict, turns: list[str]) -> str:
     """The user message: who Person B is, and the labelled turns of the dialogue."""
+    # the persona is no turn, so it stays when the oldest turns are dropped
     about = "\n".join(row.get("persona", []))
     return (f"About Person B:\n\n{about}\n\n" if about else "") + build_prompt(row, turns=turns)
 
@@ -38,6 +39,7 @@ def prompt_ids(row: dict, tokenizer, args, room: int) -> tuple[list[int] | None,
     room: the tokens that it may have. The ids are None if it does not fit even with one turn.
     """
     row = latest(row, args.max_context_turns)
+    # the soft prompt stands before the message, so it takes no part in the template
     prompts, dropped = fit_messages(
         row, lambda turns: [message(row, turns)], tokenizer, args.max_input_length, room)
     return (prompts[0] if prompts else None), dropped

@@ -64,7 +64,7 @@ def read_convai2(path: Path) -> list[dict]:
     for place, line in enumerate(lines[:-1], 1):
         numbered = NUMBERED.fullmatch(line.rstrip("\r"))
         number = int(numbered[1]) if numbered else None
-        if number == 1:
+        if number == 1:  # also after a fault: the numbers tell where dialogues start
             if before and not dialogue.utterances:
                 errors.append(f"{path}:{place - 1}: the dialogue ends before anybody speaks")
             dialogue = _Dialogue()
@@ -140,6 +140,7 @@ class _Dialogue:
         partner, reply = partner.strip(), reply.strip()
         if not partner or not reply:
             return None, "must be an utterance, a tab and the reply to it"
+        # shared by the rows of a dialogue: personas are complete when the first utterance comes
         row = {"persona": self.persona, "partner_persona": self.partner_persona,
                "context": "\n".join([*self.turns, partner]), "response": reply}
         if candidates.strip():
