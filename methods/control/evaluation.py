@@ -83,22 +83,19 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     summary = {"schema": schema, "base": base, "rows": num_rows, "systems": {}}
     lines, reference = [], None
     for name, rows in systems.items():
-        replies: Replies = {}
-        for number, row in enumerate(rows):
-            for condition, text in zip(row["conditions"], row["preds"], strict=True):
-                own = scores.get(text)
-                reply = Reply(number, condition, text, own, own and values_of(own, schema),
-                              *nats[row["prompt"], text])
-                replies.setdefault(tuple(condition.items()), []).append(reply)
-                lines.append({"system": name} | _line(reply, row["prompt"]))
-        if reference is None:  # of the first system, whatever it has if nothing was drawn freely
-            reference = replies.get((), next(iter(replies.values())))
+        replies = _read_replies(rows, schema, scores, nats)
+        groups: Replies = {}
+        for reply in replies:
+            groups.setdefault(tuple(reply.condition.items()), []).append(reply)
+        if reference is None:  # what all systems are compared with; () is no condition
+            reference = groups.get((), next(iter(groups.values())))
         summary["systems"][name] = {
             "trained": sources.run(name)["args"]["attributes"],
             "guidance_scale": rows[0].get("guidance_scale", 1.0),
-            "conditions": {write_condition(dict(key)): describe(own, reference, schema, num_rows)
-                           for key, own in replies.items()},
-            "effects": effects(replies, schema, num_rows, reference)}
+            "conditions": {write_condition(dict(key)): describe(group, reference, schema, num_rows)
+                           for key, group in groups.items()},
+            "effects": effects(groups, schema, num_rows, reference)}
+        lines += [{"system": name, **_line(reply, rows[reply.row]["prompt"])} for reply in replies]
     return Evaluated(summary, lines)
 
 
@@ -122,6 +119,7 @@ def _schema_and_base(sources) -> tuple[dict, str]:
 
 def _score_texts(systems: dict[str, list[dict]], schema: dict) -> dict[str, dict[str, float]]:
     """Every attribute's score of every reply with letters."""
+    # each text once: systems repeat each other, and a classifier takes its time
     texts = sorted({text for rows in systems.values() for row in rows for text in row["preds"]
                     if has_letters(text)})
     scores: dict[str, dict[str, float]] = {text: {} for text in texts}
@@ -133,6 +131,19 @@ def _score_texts(systems: dict[str, list[dict]], schema: dict) -> dict[str, dict
             warn(f"{name} was labelled by {labels['scorer']} {labels['version']}, "
                  f"here it is {version}")
     return scores
+
+
+def _read_replies(rows: list[dict], schema: dict, scores: dict[str, dict[str, float]],
+                  nats: dict[tuple[str, str], tuple[float, int]]) -> list[Reply]:
+    """The replies of a system, row by row, with what is known of each text."""
+    replies = []
+    for number, row in enumerate(rows):
+        for condition, text in zip(row["conditions"], row["preds"], strict=True):
+            of_text = scores.get(text)
+            values = None if of_text is None else values_of(of_text, schema)
+            nll, tokens = nats[row["prompt"], text]
+            replies.append(Reply(number, condition, text, of_text, values, nll, tokens))
+    return replies
 
 
 def _line(reply: Reply, prompt: str) -> dict:
@@ -169,9 +180,10 @@ def effects(replies: Replies, schema: dict, num_rows: int, baseline: list[Reply]
     Of a joint condition also in each of its attributes (`measured`). baseline: the first system's
     replies without a condition.
     """
-    found = []
+    result = []
     for key, asked in replies.items():
         condition = dict(key)
+        # a joint condition may be missed because of one attribute alone
         parts = [{name: value} for name, value in key] if len(key) > 1 else []
         other = opposite(condition, schema)
         against = replies.get(tuple(other.items())) if other else None
@@ -179,9 +191,9 @@ def effects(replies: Replies, schema: dict, num_rows: int, baseline: list[Reply]
             figures = _effect(measured, asked, replies.get(()), against, baseline, num_rows)
             reasons = {name: _why_missing(name, () in replies, other)
                        for name, figure in figures.items() if figure is None}
-            found.append({"condition": condition, "measured": measured, **figures,
-                          "reasons": reasons})
-    return found
+            result.append({"condition": condition, "measured": measured, **figures,
+                           "reasons": reasons})
+    return result
 
 
 def _effect(measured: dict[str, str], asked: list[Reply], free: list[Reply] | None,
@@ -227,11 +239,13 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
     """The figures of one condition's replies; reference: those that perplexity is compared with."""
     texts = [reply.text for reply in replies if reply.text]
     scored = [reply for reply in replies if reply.values is not None]
+    # over all tokens together: a mean over replies would weigh short ones like long ones
     nll, tokens = sum(reply.nll for reply in replies), sum(reply.tokens for reply in replies)
-    shares = {name: {value: sum(reply.values[name] == value for reply in scored)
-                     / max(1, len(scored)) for value in labels["values"]}
-              for name, labels in schema.items()}
+    shares = {name: {value: sum(reply.values[name] == value for reply in scored) / len(scored)
+                     for value in labels["values"]} for name, labels in schema.items()} \
+        if scored else None
     figures = {
+        "shares": shares,
         "mean_score": {name: statistics.interval([reply.scores[name] for reply in scored])
                        for name in schema},
         "perplexity": math.exp(nll / tokens) if tokens else None,
@@ -242,9 +256,9 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
     reasons = {name: "no reply has tokens" if name.startswith("perplexity")
                else "no reply is long enough" for name, value in figures.items() if value is None}
     if not scored:
-        reasons["mean_score"] = "no reply has letters"
-    return {"replies": len(replies), "unscored": len(replies) - len(scored), "shares": shares,
-            **figures, "reasons": reasons}
+        reasons |= dict.fromkeys(("shares", "mean_score"), "no reply has letters")
+    return {"replies": len(replies), "unscored": len(replies) - len(scored), **figures,
+            "reasons": reasons}
 
 
 def _nats_by_row(replies: list[Reply], num_rows: int) -> list[tuple[float, int]]:
@@ -271,6 +285,7 @@ def _misalignment(summary: dict) -> Table:
     systems = summary["systems"]
     conditions = {json.dumps(effect["condition"]): effect["condition"]
                   for system in systems.values() for effect in system["effects"]}
+    # of a sweep over three attributes, pairs are measured, too, but would make the table endless
     most = max(map(len, conditions.values()), default=0)
     rows = []
     for condition in sorted(conditions.values(), key=len):

@@ -83,6 +83,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     """
     if why := _why_not(systems):
         return missing.not_the_methods(why)
+    # retention compares all systems on one set of answers, so it is chosen before any is measured
     held_out, no_held_out = probabilities.held_out_rows(sources)
     baseline = _by_phrasing(next(iter(systems.values())))[0]
     before = probabilities.BeforeTraining(baseline, held_out)
@@ -171,31 +172,31 @@ def reply_figures(rows: list[dict]) -> tuple[dict, dict[str, str]]:
     return figures, {name: why for name, why in reasons.items() if figures[name] is None}
 
 
-def label_figures(truth: np.ndarray, found: np.ndarray) -> dict:
+def label_figures(truth: np.ndarray, answers: np.ndarray) -> dict:
     """accuracy, balanced_accuracy and macro_f1 with intervals, and `majority`, the same scores of
     always saying the more frequent label.
 
     Balanced figures are resampled within each label, since their frequencies are the data's design.
     """
-    codes, groups = by_label(truth, found)
+    codes, groups = by_label(truth, answers)
     most = max(LABELS, key=lambda label: (truth == label).sum())
     always = np.full(len(truth), most, dtype=object)
     # scikit-learn takes 2 ms a call, too long for 2,000 resamples: these come from counts
     balanced = statistics.bootstrap_within(mean_of_means, *groups)
     macro_f1 = statistics.bootstrap_within(macro_f1_of_codes, *codes)
     return {
-        "accuracy": statistics.share_interval(int((truth == found).sum()), len(truth)),
-        "balanced_accuracy": balanced | {"mean": statistics.balanced_accuracy(truth, found)},
-        "macro_f1": macro_f1 | {"mean": statistics.macro_f1(truth, found, LABELS)},
+        "accuracy": statistics.share_interval(int((truth == answers).sum()), len(truth)),
+        "balanced_accuracy": balanced | {"mean": statistics.balanced_accuracy(truth, answers)},
+        "macro_f1": macro_f1 | {"mean": statistics.macro_f1(truth, answers, LABELS)},
         "majority": {"label": most, "accuracy": float((truth == most).mean()),
                      "balanced_accuracy": statistics.balanced_accuracy(truth, always),
                      "macro_f1": statistics.macro_f1(truth, always, LABELS)}}
 
 
-def by_label(truth: np.ndarray, found: np.ndarray) -> tuple[list[list[int]], list[np.ndarray]]:
+def by_label(truth: np.ndarray, answers: np.ndarray) -> tuple[list[list[int]], list[np.ndarray]]:
     """The rows of each true label: coded answers, and for labels that occur, which are right."""
-    codes = [[_code(answer) for answer in found[truth == label]] for label in LABELS]
-    right = [found[truth == label] == label for label in LABELS if (truth == label).any()]
+    codes = [[_code(answer) for answer in answers[truth == label]] for label in LABELS]
+    right = [answers[truth == label] == label for label in LABELS if (truth == label).any()]
     return codes, right
 
 
@@ -215,9 +216,10 @@ def mean_of_means(*groups: np.ndarray) -> float:
 def macro_f1_of_codes(*codes: np.ndarray) -> float:
     """Mean F1 of the labels from the coded answers of each label's rows."""
     kinds = len(LABELS) + 1
-    confusion = np.array([np.bincount(np.asarray(own, dtype=int), minlength=kinds)
-                          for own in codes])[:, : len(LABELS)]  # (truth, found)
-    sizes = np.array([len(own) for own in codes])
+    # the column of unread answers is cut off: they are false negatives, and positives of no label
+    confusion = np.array([np.bincount(np.asarray(answers, dtype=int), minlength=kinds)
+                          for answers in codes])[:, : len(LABELS)]  # (truth, answer)
+    sizes = np.array([len(answers) for answers in codes])
     return float(np.mean(2 * np.diag(confusion) / np.maximum(1, sizes + confusion.sum(0))))
 
 
@@ -226,6 +228,7 @@ def transfer(unseen: list[dict], seen: list[dict]) -> dict | None:
 
     None unless rows that ask for the format and rows that do not can be paired.
     """
+    # the rows of both kinds come in any order, and a seen phrasing may be missing
     by_question = {question_of(row): row for row in seen}
     pairs = [(row, by_question[question_of(row)]) for row in unseen
              if question_of(row) in by_question]

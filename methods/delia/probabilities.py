@@ -91,6 +91,7 @@ class BeforeTraining:
                  for name in ("new_tokens", "token_init", "token_description", "seed")}
         key = f"{base}: {json.dumps(start)}"
         if key not in self.of_tokens:
+            # loaded anew: with more rows in its embeddings, its other figures would change
             model, tokenizer, _ = load_checkpoint(base)
             add_tokens(tokenizer, settings["new_tokens"])
             grow_embeddings(model, tokenizer, settings)
@@ -111,6 +112,7 @@ def held_out_rows(sources) -> tuple[list[dict], str | None]:
         return [], f"{caches[0]} is not there"
     if len(caches) > 1:
         info(f"runs with different caches; retention is measured on {caches[0]}")
+    # no new tokens to look for: the cache was checked when it was trained on
     rows = [row for row in messages.read_messages(caches[0], [], strict=False)
             if mixing.is_held_out(row)]
     return rows, None if rows else f"{caches[0]} has no held-out row"
@@ -176,6 +178,7 @@ def embedding_figures(model, tokenizer, token: str, description: str) -> dict:
     to_token, to_text = cosine(matrix, matrix[index][None]), cosine(matrix, described[None])
     to_token[index] = -1  # not its own neighbour
     nearest = to_token.topk(NUM_NEAREST)
+    # a new row starts shorter than most: its length shows how far training has moved it
     norms = matrix.norm(dim=1)
     return {"description": float(to_text[index]),
             "less_like_description": float((to_text < to_text[index]).float().mean()),

@@ -57,6 +57,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     summary, lines = {"systems": {}}, []
     for name, rows in systems.items():
         exact, no_model = _exact_figures(rows, sources, name)
+        # infer.py --split all draws from training requests, too; a file of others has no such rows
         seen = {t for row in rows if row.get("split") == "train" for t in row["targets"]}
         figures = [sample_figures(row, seen) | of_model
                    for row, of_model in zip(rows, exact, strict=True)]
@@ -133,6 +134,7 @@ def find_answer(reply: str, targets: list[str], eos: bool = True) -> str | None:
     reply = reply.strip()
     if all("\n".join(BRACES.findall(target)) == target for target in targets):
         groups = BRACES.findall(reply)
+        # a model that goes on after its answer has still given it
         count = len(BRACES.findall(targets[0])) if targets else len(groups)
         return "\n".join(groups[:count]) if groups and len(groups) >= count else None
     if not eos:
@@ -144,8 +146,8 @@ def sample_figures(row: dict, seen: set[str]) -> dict:
     """The figures of a row's replies; seen: the targets of the requests that were trained on."""
     pairs = zip(row["targets"], row["weights"], strict=True)
     wanted = {target: weight for target, weight in pairs if weight > 0}
-    found = [find_answer(reply, list(wanted), row["eos"]) for reply in row["preds"]]
-    answers = Counter(answer for answer in found if answer is not None)
+    read = [find_answer(reply, list(wanted), row["eos"]) for reply in row["preds"]]
+    answers = Counter(answer for answer in read if answer is not None)
     total, counts = len(row["preds"]), list(answers.values())
     figures = {"replies": total, "parsed": statistics.share_interval(sum(counts), total),
                "coverage": len(answers), "entropy": statistics.entropy_interval(counts),
@@ -170,6 +172,7 @@ def _target_figures(answers: Counter, wanted: dict[str, float], seen: set[str],
                               "chi_square", "p_value"))
     valid = [answers[target] for target in wanted]
     unseen = sum(answers[target] for target in wanted if target not in seen)
+    # of the valid answers alone: the rest is counted by valid and new
     fit = statistics.chi_square(valid, list(wanted.values()))
     return {
         "valid": statistics.share_interval(sum(valid), total),

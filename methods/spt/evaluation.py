@@ -62,6 +62,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
                    "response": row["response"], "preds": row["preds"],
                    **{key: row[key] for key in COPIED if key in row}, **of_row}
                   for row, of_row in zip(rows, figures, strict=True)]
+    # the gain needs the first system's columns, so it is filled in when all are known
     columns = {name: system["published"] for name, system in summary["systems"].items()}
     baseline = dict(next(iter(columns.values())))
     for of_system in columns.values():
@@ -87,6 +88,7 @@ def prompt_nlls(model, tokenizer, row: dict, max_length: int,
         return None
     scored, = trees.score_forest(model, [tree])
     sums = scored.branch_sums(config["num_prompts"])
+    # the reply stands once under every prompt
     num_tokens = len(scored.logps) // config["num_prompts"]
     return [round(float(-total) / num_tokens, 6) for total in sums]
 
@@ -104,7 +106,7 @@ def _nlls_of_rows(rows: list[dict], sources, name: str
         return unknown, str(error)
     limits = settings["max_length"], settings["max_input_length"]
     nlls = [prompt_nlls(model, tokenizer, row, *limits) for row in rows]
-    if None in nlls:
+    if None in nlls:  # means over the other rows would not compare with other files
         long = nlls.index(None) + 1
         return unknown, f"row {long} with its true reply does not fit into {limits[0]} tokens"
     return nlls, None

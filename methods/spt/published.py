@@ -39,7 +39,7 @@ def columns_of(replies: list[str], references: list[str], overlaps: list[dict]
     """
     bleu, signature = metrics.corpus_bleu(replies, references)
     bert = bert_scores(replies, references)
-    values = {column: sum(own[column] for own in overlaps) / len(overlaps)
+    values = {column: sum(of_reply[column] for of_reply in overlaps) / len(overlaps)
               for column in ("F1", *ROUGE)}
     values |= {f"DIST-{n}": metrics.plain_distinct(replies, n) for n in (1, 2)}
     values |= dict.fromkeys(BERT_COLUMNS) if isinstance(bert, str) else bert
