@@ -1,1 +1,1 @@
-"""How an evaluation is shown: the table in the terminal, and one HTML page that needs nothing else."""
+"""How an evaluation is shown: tables in the terminal, and an HTML page that needs nothing else."""

@@ -1,68 +1,128 @@
-"""Plots of the page as inline SVG."""
+"""Where things stand in the page's plots: numbers in, coordinates of an SVG out.
+
+Coordinates are in units of the plot's viewBox, rounded to a tenth. Figures are {"mean", "low",
+"high"} with an interval.
+"""
 
 from __future__ import annotations
 
-from html import escape
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from scoring.report.table import rows_of
+from scoring.evaluated import Figure
 
+WIDTH, HEIGHT = 860, 480
+FRAME = (64, 48, 832, 428)  # left, top, right, bottom; labels and titles of the axes stand outside
+STEPS = (0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20)  # between lines of the grid
+MAX_STEPS = 6
+LETTER = 8.4  # mean width of a letter of a label
+RADIUS = 9  # of a point and the room around it
 
-def draw_scatter(summary: dict, colours: dict) -> str:
-    """Diversity (three measures to choose from) over the share of coherent replies, with interval bars."""
-    shown = [(key, name, meaning) for _, key, name, meaning, _, _ in rows_of(summary)
-             if key in ("distinct_k", "sbert_diversity", "vendi", "effective_number")]
-    placed = [(key, name, meaning, points) for key, name, meaning in shown
-              if (points := [(s, f["coherent"], f[key], f["control"]) for s, f in summary["systems"].items()
-                             if f.get("coherent") and f.get(key)])]
-    if not placed:
-        return "<p>No system has both figures.</p>"
-    buttons = "".join(f'<label><input type=radio name=measure id=m{i}{" checked" if not i else ""}>{name}</label>'
-                      for i, (_, name, _, _) in enumerate(placed))
-    rules = "".join(f"body:has(#m{i}:not(:checked)) #plot{i}{{display:none}}" for i in range(len(placed)))
-    plots = "".join(draw_points(i, name, meaning, points, colours) for i, (_, name, meaning, points) in enumerate(placed))
-    return (f"<style>{rules}</style><fieldset class=switch><legend>diversity as</legend>{buttons}</fieldset>{plots}"
-            "<p class=hint>Up is more diverse, right is more coherent; noise (up, left) and repetition (down) are easy, the upper "
-            "right corner is not. Hollow diamonds are degenerate controls, bars are 95 % intervals.</p>")
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def draw_points(number: int, name: str, meaning: str, points: list[tuple], colours: dict) -> str:
-    """One plot: points of (system, coherent [mean, low, high], diversity [mean, low, high], control)."""
-    width, height, left, top, right, bottom = 860, 480, 64, 48, 28, 52
-    most = max(y[2] for _, _, y, _ in points)
-    step = next((s for s in (0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20) if most / s <= 6), most)
-    ceiling = step * -(-most // step) or 1
-    at_x = lambda v: left + v * (width - left - right)  # noqa: E731
-    at_y = lambda v: height - bottom - v / ceiling * (height - top - bottom)  # noqa: E731
-    grid = "".join(f'<line class=grid x1="{at_x(i / 5):.1f}" x2="{at_x(i / 5):.1f}" y1="{top}" y2="{height - bottom}"/>'
-                   f'<text x="{at_x(i / 5):.1f}" y="{height - bottom + 20}" text-anchor=middle>{20 * i} %</text>' for i in range(6))
-    grid += "".join(f'<line class=grid x1="{left}" x2="{width - right}" y1="{at_y(i * step):.1f}" y2="{at_y(i * step):.1f}"/>'
-                    f'<text x="{left - 10}" y="{at_y(i * step) + 4:.1f}" text-anchor=end>{i * step:g}</text>'
-                    for i in range(round(ceiling / step) + 1))
-    marks, taken = [], [(at_x(x[0]) - 9, at_y(y[0]) - 9, at_x(x[0]) + 9, at_y(y[0]) + 9) for _, x, y, _ in points]
-    for system, x, y, control in points:
-        cx, cy = at_x(x[0]), at_y(y[0])
-        shape = (f'<path class=hollow d="M{cx:.1f} {cy - 7:.1f}l7 7l-7 7l-7 -7z"/>' if control
-                 else f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="8"/>')
-        title = f"{system}: coherent {x[0]:.2f} [{x[1]:.2f}, {x[2]:.2f}], {name} {y[0]:.2f} [{y[1]:.2f}, {y[2]:.2f}]"
-        marks.append(f'<g style="--c:{colours[system]}"><title>{escape(title)}</title>'
-                     f'<line class=err x1="{at_x(x[1]):.1f}" x2="{at_x(x[2]):.1f}" y1="{cy:.1f}" y2="{cy:.1f}"/>'
-                     f'<line class=err x1="{cx:.1f}" x2="{cx:.1f}" y1="{at_y(y[1]):.1f}" y2="{at_y(y[2]):.1f}"/>{shape}</g>')
-        marks.append(f'<text class="label{" quiet" if control else ""}" style="--c:{colours[system]}" '
-                     f"{place_label(cx, cy, 8.4 * len(system), taken, width)}>{escape(system)}</text>")
-    return (f'<svg class=scatter id=plot{number} viewBox="0 0 {width} {height}" role=img aria-label="{name} over coherent share">'
-            f'{grid}<text class=axis x="{at_x(0.5):.0f}" y="{height - 8}" text-anchor=middle>coherent replies</text>'
-            f'<text class=axis transform="translate(16 {at_y(ceiling / 2):.0f}) rotate(-90)" text-anchor=middle>{name}: {meaning}</text>'
-            f'{"".join(marks)}</svg>')
+class Point(NamedTuple):
+    """A labelled point: x is a share (0..1), y is 0 or more."""
+
+    label: str
+    x: Figure
+    y: Figure
 
 
-def place_label(cx: float, cy: float, length: float, taken: list[tuple], width: float) -> str:
-    """Where a point's label covers no point and no other label: right or left of it, above or below; notes the box."""
-    for down in (-14, 26, -32, 44, -50, 62):
-        for left in (cx + 12, cx - 12 - length):
-            box = (left, cy + down - 13, left + length, cy + down + 4)
-            free = all(box[2] < b[0] or box[0] > b[2] or box[3] < b[1] or box[1] > b[3] for b in taken)
-            if free and left > 64 and box[2] < width - 8 and box[1] > 2:
-                taken.append(box)
-                anchor, at = ("start", left) if left > cx else ("end", cx - 12)
-                return f'x="{at:.1f}" y="{cy + down:.1f}" text-anchor={anchor}'
-    return f'x="{cx + 12:.1f}" y="{cy - 14:.1f}"'
+class Label(NamedTuple):
+    """A text's place, and the box that it covers; None where every place was taken."""
+
+    x: float
+    y: float
+    anchor: str
+    box: Box | None
+
+
+class Mark(NamedTuple):
+    """Where a point stands, the ends of its two intervals, and its label."""
+
+    x: float
+    y: float
+    x_ends: tuple[float, float]
+    y_ends: tuple[float, float]
+    label: Label
+
+
+class Scatter(NamedTuple):
+    """Grid lines as (coordinate, text), a mark for every point, and the middles of the axes."""
+
+    x_lines: list[tuple[float, str]]
+    y_lines: list[tuple[float, str]]
+    marks: list[Mark]
+    x_middle: int
+    y_middle: int
+
+
+def scatter(points: Sequence[Point]) -> Scatter:
+    """Where points stand, with x from 0 to 100 % and y from 0 to a line above the highest end."""
+    left, top, right, bottom = FRAME
+    most = max(point.y["high"] for point in points)
+    step = next((step for step in STEPS if most / step <= MAX_STEPS), most)
+    ceiling = step * -(-most // step) or 1  # rounded up to a step
+
+    def at_x(value: float) -> float:
+        return left + value * (right - left)
+
+    def at_y(value: float) -> float:
+        return bottom - value / ceiling * (bottom - top)
+
+    # no label may cover a point, so the points' boxes are taken before any label is placed
+    centres = [(at_x(point.x["mean"]), at_y(point.y["mean"])) for point in points]
+    taken = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in centres]
+    marks = []
+    for point, (x, y) in zip(points, centres, strict=True):
+        label = place_label(x, y, LETTER * len(point.label), taken)
+        taken += [label.box] if label.box else []
+        marks.append(Mark(
+            round(x, 1), round(y, 1),
+            (round(at_x(point.x["low"]), 1), round(at_x(point.x["high"]), 1)),
+            (round(at_y(point.y["low"]), 1), round(at_y(point.y["high"]), 1)), label))
+    x_lines = [(round(at_x(i / 5), 1), f"{20 * i} %") for i in range(6)]
+    y_lines = [(round(at_y(i * step), 1), f"{i * step:g}")
+               for i in range(round(ceiling / step) + 1)]
+    return Scatter(x_lines, y_lines, marks, round(at_x(0.5)), round(at_y(ceiling / 2)))
+
+
+def place_label(x: float, y: float, length: float, taken: Sequence[Box]) -> Label:
+    """A place for the label of the point (x, y) where it covers nothing that is taken.
+
+    Right or left of the point, above or below it. Where all these places are taken, the first one.
+    """
+    for down in (-14, 26, -32, 44, -50, 62):  # near ones first, so that it is plain whose label it is
+        for left in (x + 12, x - 12 - length):
+            box = (left, y + down - 13, left + length, y + down + 4)
+            free = all(box[2] < other[0] or box[0] > other[2]
+                       or box[3] < other[1] or box[1] > other[3] for other in taken)
+            if free and left > FRAME[0] and box[2] < WIDTH - 8 and box[1] > 2:
+                anchor, at = ("start", left) if left > x else ("end", x - 12)
+                return Label(round(at, 1), round(y + down, 1), anchor, box)
+    return Label(round(x + 12, 1), round(y - 14, 1), "start", None)
+
+
+def bar(figure: Figure, low: float, high: float) -> Figure:
+    """A figure and its interval in per cent of a line from low to high."""
+    return {name: round(100 * (value - low) / (high - low), 1) for name, value in figure.items()}
+
+
+class Heat(NamedTuple):
+    """A square of `size` replies: (opacity, title, path) of each pair, and the diagonal's path."""
+
+    size: int
+    cells: list[tuple[str, str, str]]
+    diagonal: str
+    mean: float
+
+
+def heat(similarity: Sequence[Sequence[float]]) -> Heat:
+    """The cosines of a prompt's replies (at least two) as tinted cells, two a pair."""
+    size, square = len(similarity), "h1v1h-1z"
+    pairs = [(a, b, similarity[a][b]) for a in range(size) for b in range(a)]
+    cells = [(f"{max(0, cosine):.2f}", f"{b + 1} and {a + 1}: {cosine:.2f}",
+              f"M{a} {b}{square}M{b} {a}{square}") for a, b, cosine in pairs]
+    diagonal = "".join(f"M{a} {a}{square}" for a in range(size))
+    return Heat(size, cells, diagonal, sum(cosine for *_, cosine in pairs) / len(pairs))
