@@ -210,6 +210,7 @@ def _minus(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def mean_of_means(*groups: np.ndarray) -> float:
+    """The balanced accuracy, from which rows of each label are right."""
     return float(np.mean([group.mean() for group in groups]))
 
 
