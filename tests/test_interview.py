@@ -151,6 +151,11 @@ def test_an_interview_alone_is_the_interview_in_a_batch(tiny_dir, rows, tmp_path
 
 def test_infer_hands_interviews_over(tiny_dir, rows, tmp_path):
     assert hold(tiny_dir, tmp_path / "a.jsonl", main=infer.main) == rows
+    (tmp_path / "i.yaml").write_text("interview: true\nnum_interviews: 1\nbatch_size: 1\n"
+                                     f"max_new_tokens: {TOKENS}\n")
+    infer.main(["--config", str(tmp_path / "i.yaml"), "--model_name_or_path", str(tiny_dir),
+                "--save_file", str(tmp_path / "b.jsonl")])
+    assert (tmp_path / "b.jsonl").read_bytes() == as_lines(rows)[0], "also from a config"
     summary = json.loads((tmp_path / "a.json").read_text())
     assert summary["kind"] == "outs/interview" and summary["settings"]["method"] == "base"
     assert summary["interviews"] == NUM

@@ -93,7 +93,7 @@ def place_label(x: float, y: float, length: float, taken: Sequence[Box]) -> Labe
 
     Right or left of the point, above or below it. Where all these places are taken, the first one.
     """
-    for down in (-14, 26, -32, 44, -50, 62):  # near ones first, so that it is plain whose label it is
+    for down in (-14, 26, -32, 44, -50, 62):  # near ones first: a far label could be another's
         for left in (x + 12, x - 12 - length):
             box = (left, y + down - 13, left + length, y + down + 4)
             free = all(box[2] < other[0] or box[0] > other[2]
