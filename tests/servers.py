@@ -1,4 +1,4 @@
-"""Servers on this machine: a scripted one that remembers what it was asked, and a real one with the embedded model."""
+"""Servers on this machine: a scripted one that remembers its requests, a real one with a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def listed(*texts: str) -> str:
 def ok(content: str | None = None, **body) -> tuple:
     """A 200 with a list of four replies, or other content, or other fields."""
     message = {"role": "assistant", "content": listed(*FOUR) if content is None else content}
-    return 200, {"model": "served-1", "choices": [{"index": 0, "finish_reason": "stop", "message": message}], **body}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return 200, {"model": "served-1", "choices": [choice], **body}
 
 
 def rated(rating: object, **body) -> tuple:
@@ -43,21 +44,25 @@ def error(status: int, message: str = "no", headers: dict | None = None, **field
 
 
 BAD = {
-    "500": error(500), "502": (502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"}), "408": error(408),
-    "409": error(409), "reset": "reset", "half a body": "half", "no JSON": (200, b'{"choices": ['),
-    "a JSON string": (200, b'"hello"'), "html": (200, b"<p>hi</p>", {"Content-Type": "text/html"}),
-    "an empty body": (200, b""), "null": (200, b"null"), "not UTF-8": (200, b'{"\xff": 1}'),
-    "no choices": ok(choices=[]), "odd choices": ok(choices=[7]), "blank": ok(" \n"),
-    "content null": ok(choices=[{"message": {"content": None}, "finish_reason": "content_filter"}]),
+    "500": error(500), "502": (502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"}),
+    "408": error(408), "409": error(409), "reset": "reset", "half a body": "half",
+    "no JSON": (200, b'{"choices": ['), "a JSON string": (200, b'"hello"'),
+    "html": (200, b"<p>hi</p>", {"Content-Type": "text/html"}), "an empty body": (200, b""),
+    "null": (200, b"null"), "not UTF-8": (200, b'{"\xff": 1}'), "no choices": ok(choices=[]),
+    "odd choices": ok(choices=[7]), "blank": ok(" \n"),
+    "content null": ok(choices=[
+        {"message": {"content": None}, "finish_reason": "content_filter"}]),
     "an error in a 200": (200, {"error": {"message": "overloaded"}}),
 }
 
 
 @pytest.fixture
 def serve():
-    """serve(answers) starts a server that gives the scripted answers one by one, then `then` or ok() for ever.
+    """serve(*answers) starts a server that gives the answers one by one, then `then` for ever.
 
-    An answer is (status, body, headers), a function of the request's body, or "hang", "reset" or "half".
+    An answer is (status, body, headers), a function of the request's body that returns one, or
+    "hang", "reset" or "half". then: ok() if it is not given. The server has url and seen, a list of
+    (path, Authorization header, body); answers may be changed while it runs.
     """
     servers, done = [], threading.Event()
 
@@ -71,13 +76,17 @@ def serve():
             if answer == "hang":
                 done.wait(60)
             elif answer == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # an unread connection that is closed without lingering sends RST
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                           struct.pack("ii", 1, 0))
             else:
                 half = answer == "half"
                 status, body, headers = (*(ok() if half else answer), {})[:3]
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **headers}.items():
+                headers = {"Content-Type": "application/json", "Content-Length": len(data),
+                           **headers}
+                for name, value in headers.items():
                     self.send_header(name, str(value))
                 self.end_headers()
                 self.wfile.write(data[: len(data) // 2] if half else data)
@@ -111,21 +120,25 @@ def wait_for(is_true, seconds: float) -> None:
 @pytest.fixture(scope="module")
 def real_server(tmp_path_factory):
     """(address, model folder) of `transformers serve` with the embedded model."""
-    if not embedded_installed() or any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn")):
-        pytest.skip('needs requirements-models.txt and pip install "transformers[serving]==5.23.0"')
+    serving = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn"))
+    if not embedded_installed() or not serving:
+        pytest.skip(
+            'needs requirements-models.txt and pip install "transformers[serving]==5.23.0"')
     folder = str(embedded_model_dir(ROOT / "checkpoints"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = open(tmp_path_factory.mktemp("serve") / "log.txt", "w")  # noqa: SIM115
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder, "--host", "127.0.0.1",
-               "--port", str(port), "--device", "cpu", "--default-seed", "0"]
+    command = [Path(sys.executable).with_name("transformers"), "serve", folder,
+               "--host", "127.0.0.1", "--port", str(port), "--device", "cpu",
+               "--default-seed", "0"]
     process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def healthy() -> bool:
         assert process.poll() is None, Path(log.name).read_text()[-2000:]
         with suppress(OSError):
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
+            health = urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return health.status == 200
         return False
 
     try:
