@@ -73,9 +73,9 @@ def render(summary: dict, prompts: list[dict], tables: Sequence[Table] = ()) -> 
                for i, (name, figures) in enumerate(summary["systems"].items())]
     real = [system for system in systems if not system.control]
     # where the common figures are withheld, the judge's note only repeats the reason
-    said = notes(summary) if summary["k"] else notes(summary)[1:]
+    sentences = notes(summary) if summary["k"] else notes(summary)[1:]
     return _TEMPLATES.get_template("page.html.jinja").render(
-        summary=summary, plot=plot, systems=systems, real=real, notes=said, tables=tables,
+        summary=summary, plot=plot, systems=systems, real=real, notes=sentences, tables=tables,
         cards=[_card(system, real[0], summary) for system in real] if summary["k"] else [],
         scatters=_scatters(summary, systems), figures=_figures(summary, systems),
         compared=list(_pairs(summary, systems)), differences=_differences(summary, systems),
@@ -135,19 +135,20 @@ def _differences(summary: dict, systems: list[System]) -> list[tuple[str, list[R
     pairs = _pairs(summary, systems)
 
     def row(name: str, meaning: str, digits: int, figures: dict[str, dict]) -> list[Row]:
-        found = [(system, figures.get(pair)) for system, pair in pairs.items()]
-        ends = [abs(figure[end]) for _, figure in found if figure for end in ("low", "high")]
+        columns = [(system, figures.get(pair)) for system, pair in pairs.items()]
+        ends = [abs(figure[end]) for _, figure in columns if figure for end in ("low", "high")]
         if not ends:
             return []
         far = max(ends) or 1.0  # zero stands in the middle
         return [Row(name, meaning, [_cell(system, figure, (-far, far), digits,
                                           "not defined for both", "+")
-                                    for system, figure in found])]
+                                    for system, figure in columns])]
 
     plain, matched = [], []
     for _, key, name, _, _, digits in rows_of(summary):
         differences = {pair: summary["differences"][pair].get(key) for pair in pairs.values()}
-        equal = {pair: found["measures"].get(key) for pair, found in summary["matched"].items()}
+        equal = {pair: of_pair["measures"].get(key)
+                 for pair, of_pair in summary["matched"].items()}
         plain += row(name, "", digits, differences)
         matched += row(name, "of the coherent replies alone", digits, equal)
     return [(title, rows) for title, rows in (("", plain), (EQUAL_COHERENCE, matched)) if rows]
@@ -200,8 +201,8 @@ def _prompt(number: int, prompt: dict, systems: list[System], real: list[System]
         turns = [("person-a" if turn.startswith("Person A") else "person-b", turn)
                  for turn in prompt["turns"]]
     return {"number": number, "order": order, "turns": turns,
-            "pips": [(system, found, f"{found / k:.3f}") for system, found in yields.items()
-                     if found is not None],
+            "pips": [(system, count, f"{count / k:.3f}") for system, count in yields.items()
+                     if count is not None],
             "columns": [_column(system, prompt["systems"][system.name], k) for system in systems]}
 
 
