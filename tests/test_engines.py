@@ -37,8 +37,8 @@ def choices(*texts: str) -> tuple:
 
 
 def echo(body: dict) -> tuple:
-    """As many choices as asked, each naming the message, its place and the seed."""
-    text = body["messages"][-1]["content"]
+    """As many choices as asked, each naming the message's newest turn, its place and the seed."""
+    text = body["messages"][-1]["content"].split("Person A: ")[-1].split("\n")[0]
     return choices(*(f"{text} {i} {body.get('seed')}" for i in range(body.get("n", 1))))
 
 
