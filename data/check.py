@@ -6,14 +6,13 @@ Rows have `context` (turns joined by newlines) or `prompt`, and `candidates`. Wh
 table with a column per file, two plots, the violations as file:line: what, and as the last line of
 stdout one JSON object with every figure. Exit code 0 without violations, 2 with. Contexts are also
 compared across the given files, so give train and test together. Limits on lengths hold for
-`context` rows; prompts are of any task. What the checks cannot do stands in scoring/checks.py.
+`context` rows; prompts are of any task. scoring/checks.py says what the checks cannot do.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 import utils
 from data import check_view
-from data.check_report import KINDS, Report, read_report
+from data.check_report import KINDS, Report, read_report, spread
 from flags import Args, FlagParser, natural, parse_flags
 from modeling.checkpoints import load_checkpoint
 from modeling.embedder import load_embedder
@@ -161,19 +160,13 @@ def _measure(report: Report) -> None:
     }
 
 
-def spread(values: Sequence[int]) -> dict[str, float]:
-    """Least, median, mean and largest of some numbers."""
-    return {"min": min(values), "median": float(np.median(values)),
-            "mean": round(float(np.mean(values)), 2), "max": max(values)}
-
-
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
 def build_parser() -> FlagParser:
     """All flags of the report."""
-    parser = FlagParser(prog="data.check", description=__doc__)
+    parser = FlagParser(prog="-m data.check", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help="JSONL files; contexts are compared across all of them")
     group = parser.add_argument_group("limits (of `context` rows where they are about length)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,3 +56,9 @@ def read_report(path: str) -> Report:
     if utils.one_array(data) is not None:
         lines = list(range(1, len(rows) + 1))  # as read_jsonl counts the items of an array
     return Report(path, rows, lines)
+
+
+def spread(values: Sequence[int]) -> dict[str, float]:
+    """Least, median, mean and largest of some numbers."""
+    return {"min": min(values), "median": float(np.median(values)),
+            "mean": round(float(np.mean(values)), 2), "max": max(values)}

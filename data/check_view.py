@@ -71,7 +71,8 @@ def print_table(reports: list[Report], max_profanity: float) -> None:
     console.print(table)
     console.print("profanity: a score for offensive words, biased against identity terms; read a "
                   "hit before you delete it.\n"
-                  "language and personal data: heuristics. coherence proxy: true against mismatched replies, 0.5 is chance.", highlight=False)
+                  "language and personal data: heuristics. coherence proxy: true against "
+                  "mismatched replies, 0.5 is chance.", highlight=False)
 
 
 # Okabe and Ito, who chose them for the colour-blind; without yellow, which is too pale for lines
@@ -130,5 +131,3 @@ def plot_openings(reports: list[Report], args, file: Path) -> None:
                for i, name in enumerate(_column_names(reports))]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(file, dpi=150)
-
-

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, refused, write_jsonl
 
 import utils
-from data import build_chitchat, check, check_report
+from data import build_chitchat, build_oto, check, check_report, check_view
 from scoring import checks
+from utils import USAGE
 
 ROWS = [
     {"context": "Is a tomato a fruit?\nOnly in a botany class.",
@@ -29,14 +31,15 @@ ROWS = [
 
 @pytest.fixture
 def loaded_embedder(embedder, monkeypatch):
-    """Let the scripts take the session's embedder instead of loading it again."""
-    monkeypatch.setattr(utils, "load_embedder", lambda: embedder)
+    """Let the tools take the session's embedder instead of loading it again."""
+    for tool in (check, build_chitchat):
+        monkeypatch.setattr(tool, "load_embedder", lambda: embedder)
 
 
 def leave_out_plots(monkeypatch) -> None:
     """They take most of a small run's time; one test draws them."""
-    monkeypatch.setattr(check, "plot_distributions", lambda *args: None)
-    monkeypatch.setattr(check, "plot_openings", lambda *args: None)
+    monkeypatch.setattr(check_view, "plot_distributions", lambda *args: None)
+    monkeypatch.setattr(check_view, "plot_openings", lambda *args: None)
 
 
 @pytest.fixture
@@ -184,7 +187,7 @@ def test_an_opening_that_too_many_rows_share_is_found_where_it_first_stands():
     for i in (20, 21, 22, 23):
         rows[i]["context"] = f"Did you hear, {i}\nyes"
     report = check_report.Report("x.jsonl", rows, list(range(1, 101)))
-    check._check_openings(report, check.build_parser().parse_args(["x.jsonl"]))
+    check._check_openings(report, check.read_flags(["x.jsonl"]))
     assert report.violations == [
         (21, "opening", '4.0% of the contexts begin with "did you hear" (4 of 100), the limit is 3.0%'),
         (11, "opening", '2.5% of the candidates begin with "have you tried" (5 of 200), the limit is 2.0%')]
@@ -223,12 +226,9 @@ def test_prompts_of_any_task_have_no_limits_on_length(run_check):
 def test_broken_rows_and_repeated_files_stop_before_anything_is_measured(tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"context": "a\\nb", "candidates": ["fine words all here"]}\n{"context": 3}\n', encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        check.main([str(path)])
-    assert stop.value.code == 2 and f"{path}:2: field \"context\" must be a string" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        check.main([str(path), str(path)])
-    assert stop.value.code == 2 and "given twice" in capsys.readouterr().err
+    assert f'{path}:2: field "context" must be a string' in \
+        refused(capsys, USAGE, check.main, [str(path)])
+    assert "given twice" in refused(capsys, USAGE, check.main, [str(path), str(path)])
 
 
 @pytest.mark.parametrize("text, found", [
@@ -327,3 +327,36 @@ def test_the_start_of_the_real_data_set_is_built_and_passes_the_check(tmp_path, 
     check.main([*map(str, files), "--min_turns", "1", "--min_words", "3", "--max_words", "60", "--max_cosine", "1",
                 "--limit_proxy", "0", "--plot_dir", str(tmp_path / "plots")])
     assert json.loads(capsys.readouterr().out.strip().split("\n")[-1])["violations"] == 0
+
+
+# ---- all tools ----------------------------------------------------------------------------------
+
+
+def test_one_to_one_rows_are_the_first_candidates_each_as_a_row(tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    pairs = tmp_path / "pairs.jsonl"
+    build_oto.main(["--input_file", str(rows), "--save_file", str(pairs), "--num_candidates", "2"])
+    expected = [{**row, "candidates": [reply]} for row in ROWS for reply in row["candidates"][:2]]
+    assert utils.read_jsonl(pairs, utils.check_row) == expected
+    assert f"--method oto --train_file {pairs} --max_steps 6" in capsys.readouterr().out
+
+
+def test_the_one_to_one_file_of_the_repository_is_made_from_its_one_to_many_file(tmp_path):
+    build_oto.main(["--input_file", str(ROOT / "data" / "train_dialogs_1k.jsonl"),
+                    "--save_file", str(tmp_path / "pairs.jsonl")])
+    made = (tmp_path / "pairs.jsonl").read_bytes()
+    assert made == (ROOT / "data" / "train_dialogs_4k.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("words", [
+    ("-m", "data.check"), (str(ROOT / "data" / "check.py"),)], ids=["module", "file"])
+def test_a_tool_starts_as_a_module_and_from_its_file(words, tmp_path):
+    """In any folder: `make` installs the project, so that both forms find the rooms."""
+
+    def python(*words: str):
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    if python("-c", "import flags").returncode:
+        pytest.skip("the project is not installed: pip install --no-deps -e .")
+    done = python(*words, "nowhere.jsonl")
+    assert done.returncode == USAGE and "error: nowhere.jsonl is not there" in done.stderr
