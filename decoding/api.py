@@ -4,9 +4,8 @@
     [reply] = api.retrying(lambda: api.complete(client, "NAME", messages, 256), deadline)
 
 Provider together is asked through its own package, every other server through openai's. One tool
-generates both packages, so they look alike; this module knows where they differ. They are imported
-where they are used, since --help and flags should not wait for them. The rest of the toolkit asks
-engines (decoding/engines.py), which are made of this module.
+generates both, so they look alike; this module knows where they differ. They are imported where
+they are used, since --help should not wait. The rest of the toolkit asks decoding/engines.py.
 """
 
 from __future__ import annotations
@@ -154,8 +153,7 @@ def connect(provider: str, base_url: str | None = None, timeout: float = 120.0,
 
         base_url = base_url.removesuffix("/v1")  # this package puts the version into every path
     else:
-        # classify needs it in a thread; openai breaks where it meets the httpx of a half import
-        import together  # noqa: F401
+        import together  # noqa: F401  before threads: openai breaks on its half-imported httpx
         from openai import OpenAI as Client
         from openai import Timeout
     return Client(base_url=base_url, api_key=key or "none",
@@ -214,7 +212,7 @@ def classify(error: Exception) -> tuple[str, str, float]:
     To do: "stop" the run, "fail" this call, "wait" until the deadline, or try "again" a few times.
     The seconds are what the server asks for. Errors that are not the server's are raised again.
     """
-    import openai  # only a faulty call pays for the import of both packages
+    import openai
     import together
 
     if isinstance(error, (openai.APIStatusError, together.APIStatusError)):
