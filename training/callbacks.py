@@ -33,6 +33,7 @@ class Bar(TrainerCallback):
 
     def on_step_end(self, settings, state, control, **kwargs):
         schedule = self.trainer.schedule
+        # the last update may have fewer micro-steps than the others
         self.bar.update(min(schedule.accumulation, schedule.total - self.bar.n))
         means = {name: f"{value:.3f}" for name, value in self.trainer.means().items()}
         self.bar.set_postfix(means, refresh=False)
@@ -51,6 +52,8 @@ class Signals(TrainerCallback):
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _remember(self, number, frame):
+        # only noted: a save in the middle of an update could not be resumed from. The next signal
+        # does what it does in any program, since an update and its save may take minutes
         self.received = number
         again = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
         signal.signal(number, again)
@@ -85,13 +88,15 @@ class AfterPass(TrainerCallback):
     def on_step_end(self, settings, state, control, **kwargs):
         passes, trainer = self._passes(), self.trainer
         ended = passes > self.passes
+        # Trainer's own callback comes first and has decided by now whether a save is due
         if not ended and not control.should_save:
             return
         learnt, figures = trainer.method.after_pass(
             trainer.model, self.forest, self.rows, trainer.flags, control.should_save)
         stop = ended and learnt
         if figures and state.is_world_process_zero:
-            # a resumed run reads from "stopped" that there is nothing left to do
+            # written before the save that follows: a resumed run is cut back to its checkpoint's
+            # step and reads from "stopped" that there is nothing left to do
             line = {"step": trainer.micro_step, "stopped": stop, **figures}
             utils.append_jsonl(metrics_file(trainer.run_dir), [line])
         if stop:
@@ -125,7 +130,7 @@ def trackers(report_to: str) -> list[TrainerCallback]:
         return []
     try:
         return [make() for make in get_reporting_integration_callbacks([report_to])]
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:  # not installed, no server, unknown
         warn(f"--report_to {report_to} does not start ({str(error)[:100]}); "
              "metrics.jsonl is written")
         return []

@@ -64,7 +64,7 @@ def claim_run_dir(run_dir: Path, resume: str | None) -> Iterator[None]:
         yield
         return
     _make_writable(run_dir)
-    lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"
+    lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"  # who holds it, for the message
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -119,7 +119,7 @@ def describe_run(args, base: str, rows: list[dict], settled: dict) -> dict:
         "base_model": args.model_name,
         "base_sha256": base_fingerprint(base),
         "data_sha256": utils.sha256(json.dumps(rows, sort_keys=True))[:16],
-        "row_hashes": [utils.row_hash(row) for row in rows],
+        "row_hashes": [utils.row_hash(row) for row in rows],  # infer.py warns of trained rows
         "args": flags | settled,
         "versions": utils.versions(),
     }
@@ -138,6 +138,7 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
         return None
     saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
     for name in CONFLICTS:
+        # hashes stand beside the flags, seed and adapter settings among them
         before, now = (some.get(name, some["args"].get(name)) for some in (saved, run))
         if before == now or (name == "data_sha256" and args.allow_data_change):
             continue
@@ -179,7 +180,7 @@ def keep_metrics(path: Path, step: int) -> None:
     """Drop the log lines after a step, so that a resumed run does not log it twice."""
     if not path.exists():
         return
-    utils.repair_tail(path)
+    utils.repair_tail(path)  # a kill may have cut the last line
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     utils.atomic_write(path, "".join(line + "\n" for line in kept))

@@ -125,7 +125,7 @@ def make_trainer(method, model, tokenizer, rows: list[dict], args, run: dict, ru
     settings.max_steps = schedule.updates
     num_checkpoints = math.ceil(schedule.total / args.save_steps)
     refuse_too_little_disk(run_dir, num_trained(model), num_checkpoints)
-    length = schedule.total * schedule.contexts_per_step
+    length = schedule.total * schedule.contexts_per_step  # so Trainer sees one epoch of trees
     trainer = TreeTrainer(
         method, run, run_dir, schedule, args, tokenizer,
         model=model, args=settings, data_collator=pack,
@@ -134,7 +134,7 @@ def make_trainer(method, model, tokenizer, rows: list[dict], args, run: dict, ru
     for callback in (Bar(trainer, args.run_name), trainer.signals, *trackers(args.report_to),
                      after_pass, Checkpoints(trainer)):  # the order: training/callbacks.py
         trainer.add_callback(callback)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it prints a dict a log line into the bar
     return trainer
 
 
@@ -168,7 +168,7 @@ def _training_arguments(args, run_dir: Path) -> TrainingArguments:
         remove_unused_columns=False,  # items are trees, not columns
         report_to="none",  # trackers() adds one that starts
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,  # every loss reaches every trainable parameter
     )
 
 
@@ -204,7 +204,7 @@ class TreeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, metrics = self.method.compute_loss(model, inputs, self.flags, self.micro_step)
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss):  # before its gradient makes every weight nan
             self._stop_diverged(f"loss is {loss.item()}")
         self.micro_step += 1
         self.sums.update({name: value.item() for name, value in metrics.items()}, steps=1)
@@ -225,6 +225,7 @@ class TreeTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Add the means over processes since the last log, and keep a line in metrics.jsonl."""
         steps, means = self.sums["steps"], self.means()
+        # every process takes part, also those that write nothing
         values = torch.tensor(list(means.values()), device=self.args.device)
         shared = self.accelerator.reduce(values, "mean").tolist()
         if steps and self.is_world_process_zero():
@@ -241,6 +242,7 @@ class TreeTrainer(Trainer):
 
         Private, but the one place that has the weights that FSDP gathers (state_dict).
         """
+        # the last update of all has no loss after it that would show what it has done
         if any(not p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
             self._stop_diverged("a weight is not finite")
         if not self.args.should_save:  # Trainer calls this in every process
@@ -259,6 +261,8 @@ class TreeTrainer(Trainer):
         """Train to the end or to a signal; returns the last checkpoint."""
         if checkpoint:
             self.micro_step = int(checkpoint.name.removeprefix("check_"))
+        # first cut the log, then read it: the line that ended a run does not count if the run was
+        # killed before the checkpoint that belongs to it
         metrics = metrics_file(self.run_dir)
         if self.is_world_process_zero():
             keep_metrics(metrics, self.micro_step)
@@ -273,7 +277,7 @@ class TreeTrainer(Trainer):
             if utils.is_out_of_memory(error):
                 self._stop_out_of_memory(error)
             raise
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # else another process may look before it is sealed
         last = utils.newest_checkpoint(self.run_dir)
         if self.is_world_process_zero():
             shutil.rmtree(self.args.output_dir, ignore_errors=True)

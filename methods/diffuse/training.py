@@ -92,6 +92,7 @@ def after_pass(model, forest, rows: list[dict], args, saves: bool) -> tuple[bool
         return False, {}
     was_training, figures = model.training, {}
     model.eval()
+    # one prompt at a time: all together may have tens of thousands of tokens
     for row, tree in zip(rows, forest, strict=True):
         batch = trees.to_device(trees.pack([tree]), model.device)
         losses, floors = losses_and_floors(model, batch, args.batch_size, args.max_batch_tokens)

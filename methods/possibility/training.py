@@ -57,6 +57,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
     replies = row["candidates"][: args.num_response_per_input]
     encoded = [content_words(reply, tokenizer) for reply in replies]
     room = args.max_length - max(len(ids) for ids, _ in encoded) - 1  # 1 for the end of turn
+    # numbers are drawn before the negatives: the order is part of "same seed, same tree"
     numbers = [None]
     if args.numbered_prompts:
         numbers = rng.sample(range(1, args.max_pos_number + 1), len(replies))
@@ -72,6 +73,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
     for index, other in pairs:
         ids, marks = encoded[other]
         if args.ul_words == "distinct":
+            # what the right reply says, too, would be learnt and unlearnt at once
             shared = _words(utils.text_of(row), replies[index])
             ids, marks = content_words(replies[other], tokenizer, shared)
         ends[index].children.append(Segment(ids, UNLIKELIHOOD, marks, branch=other))
