@@ -47,7 +47,7 @@ def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated
     measured = {name: measure_rows(rows, verdicts, embedder, classifier)
                 for name, rows in systems.items()}
     summary = summarise(measured, sources, judge, classifier)
-    summary["drawn"] = next(iter(counts.values()))
+    summary["drawn"] = next(iter(counts.values()))  # k is what was looked at
     published = args.save_file.endswith(".pkl")
     return Evaluated(summary, logs.response_lines(measured),
                      {".pkl": logs.published_pickle(measured)} if published else {},
@@ -118,6 +118,7 @@ def per_row(measured: list[dict]) -> dict[str, list[float | None]]:
     lengths = [metrics.mean_length(m["preds"]) for m in measured]
     return {
         f"yield@{len(measured[0]['preds'])}": [m["yield"] for m in measured],
+        # a judge without ratings gives none to any reply
         "utility_k": [metrics.utility_k(m["classes"], of_row) if any(of_row) else None
                       for m, of_row in zip(measured, ratings, strict=True)],
         "coherent": [_mean(of_row) for of_row in coherent],
@@ -176,6 +177,7 @@ def _summarise_one(name: str, measured: list[dict], values: dict, sources: Sourc
     control = name.startswith(CONTROL)
     figures: dict = {key: rounded(statistics.interval(of_rows)) for key, of_rows in values.items()}
     groups = [m["preds"] for m in measured]
+    # corpus figures have no value per row, so they are left out of the paired differences
     for n in (1, 2):
         figures[f"distinct-{n}"] = rounded(statistics.jackknife(
             partial(metrics.distinct_n, n=n), groups))
@@ -233,7 +235,7 @@ def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[d
             key: rounded(statistics.paired_difference(of_rows, baseline[key]))
             for key, of_rows in values[name].items()}
         if not any(map(any, coherent[name])) or not any(map(any, coherent[names[0]])):
-            continue
+            continue  # not judged, or nothing coherent: there is nothing to match
         results = {key: statistics.matched_difference(
             partial(diversity, other), partial(diversity, first), coherent[name],
             coherent[names[0]]) for key, diversity in MATCHED.items()}
@@ -270,6 +272,7 @@ def controllability(measured: dict[str, list[dict]], sources: Sources, classifie
             texts = [text for m in of_row for text in m["preds"]]
             same = equivalence.same_probabilities(text_of(of_row[0]["row"]), texts,
                                                   sources.embedder, classifier)
+            # classes over all seeds at once, so that one class has one number in all of them
             classes = metrics.partition(same, classifier["threshold"])
             tables.append(np.array(classes).reshape(len(names), -1).T)  # (numbers, seeds)
         found[" + ".join(names)] = metrics.controllability(tables)

@@ -54,7 +54,7 @@ def same_probabilities(prompt: str, texts: list[str], embedder, classifier: dict
     probability = np.eye(len(different))
     for i in range(len(different)):
         for j in range(i):
-            p = 1.0
+            p = 1.0  # equal words say the same, whatever the classifier thinks of their marks
             if wordings[i] != wordings[j]:
                 x = pair_features(views[i], views[j], asked)
                 x = (x - classifier["mean"]) / classifier["scale"]

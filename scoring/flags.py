@@ -52,6 +52,7 @@ def _settle_judge(args) -> dict:
     """The judge that the flags name, and its policy."""
     by_flag = {"judge1": args.judge1, "judge2": args.judge2, "base_url1": args.base_url1,
                "base_url2": args.base_url2, "policy": args.policy}
+    # a server that is named and not asked would leave the reader with another judge's figures
     given = [f"--{name}" for name, value in by_flag.items() if value]
     judge = args.judge or ("api" if given else "local")
     if judge not in ("local", "api") and not judge.startswith("hf:"):
@@ -59,5 +60,6 @@ def _settle_judge(args) -> dict:
              "a model behind a server: --judge1 PROVIDER:MODEL")
     if given and judge != "api":
         fail(USAGE, f"{given[0]} does nothing with --judge {judge}", "drop one of the two")
+    # one judge of one's own: the published second one, which needs a key, is not meant
     lone = (args.judge1 or args.base_url1) and not (args.judge2 or args.base_url2)
     return {"judge": judge, "policy": args.policy or ("first" if lone else "published")}

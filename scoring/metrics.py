@@ -26,7 +26,7 @@ PUNCTUATION = {*string.punctuation, "``", "''", "...", "..", "–", "…", "•"
 SENTENCES, WORDS = PunktSentenceTokenizer(), NLTKWordTokenizer()
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=100_000)  # every metric of words asks for the same texts
 def words(text: str) -> tuple[str, ...]:
     """Lower-cased NLTK (Penn Treebank) word tokens, as nltk.word_tokenize gives them.
 
@@ -105,7 +105,7 @@ def self_bleu(texts: Sequence[str]) -> float | None:
 def self_bleu_signature(num_references: int) -> str:
     """sacrebleu's signature of the scores above, to be printed with them."""
     bleu = BLEU(effective_order=True)  # as sentence_bleu has it
-    bleu.sentence_score("a b", ["a b"] * num_references)
+    bleu.sentence_score("a b", ["a b"] * num_references)  # the signature counts references
     return str(bleu.get_signature())
 
 
@@ -119,7 +119,7 @@ def vendi_score(embeddings: np.ndarray) -> float | None:
     if not n:
         return None
     values = np.linalg.eigvalsh(embeddings @ embeddings.T / n)
-    values = values[values > 1e-12]
+    values = values[values > 1e-12]  # 0 ln 0 is 0, and rounding makes some eigenvalues negative
     return float(np.clip(np.exp(-(values * np.log(values)).sum()), 1.0, n))
 
 
@@ -164,10 +164,11 @@ def partition(similarity: np.ndarray, threshold: float) -> list[int]:
     n = len(similarity)
     if n < 2:
         return list(range(n))
+    # rounding: no distance below 0, none of a response to itself
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     joined = linkage(squareform(distance, checks=False), "average")
-    labels = fcluster(joined, 1 - threshold + 1e-9, "distance")
+    labels = fcluster(joined, 1 - threshold + 1e-9, "distance")  # a mean at the threshold joins
     number: dict[int, int] = {}
     return [number.setdefault(int(label), len(number)) for label in labels]
 
@@ -233,6 +234,7 @@ def controllability(tables: Sequence[np.ndarray], rounds: int = 200, seed: int =
         rng, handle = np.random.default_rng(seed), np.repeat(np.arange(numbers), seeds)
         classes = [table.ravel() for table in tables]
         observed = float(np.mean([mutual_information(handle, of_row) for of_row in classes]))
+        # one permutation of every prompt a round, so that rounds are independent
         shuffled = [[rng.permutation(of_row) for of_row in classes] for _ in range(rounds)]
         chance = np.mean([mutual_information(handle, np.array(of_row))
                           for of_row in zip(*shuffled, strict=True)], axis=0)  # (rounds,)

@@ -51,6 +51,7 @@ class Sources:
             raise NoModel(f"{beside} does not say which model drew the responses")
         if settings["engine"] != "hf":
             raise NoModel("the responses come from a server, which does not show its model")
+        # a folder that was deleted is a reason; load_checkpoint would end the whole evaluation
         checkpoint = settings["model_name_or_path"]
         if _is_path(checkpoint) and not Path(checkpoint).is_dir():
             raise NoModel(f"{checkpoint} is not there")
@@ -79,6 +80,7 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
         if name in systems:
             fail(USAGE, f"--eval_file: two files are called {name}", "rename one")
         first = next(iter(systems.values()), rows)
+        # differences are paired by row: the same prompts in the same order
         if [utils.row_hash(row) for row in rows] != [utils.row_hash(row) for row in first]:
             fail(USAGE, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
                  "compare files made from one --test_file")

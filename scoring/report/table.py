@@ -69,7 +69,7 @@ def rows_of(summary: dict) -> Iterator[tuple[str, str, str, str, int, int]]:
 
 def rewards_noise(summary: dict, key: str, better: int) -> bool:
     """Whether a degenerate control beats every system on a metric."""
-    values: dict[bool, list[float]] = {True: [], False: []}
+    values: dict[bool, list[float]] = {True: [], False: []}  # of controls, of systems
     for system in summary["systems"].values():
         if system.get(key) is not None:
             values[system["control"]].append(better * system[key]["mean"])
@@ -204,7 +204,7 @@ def _print_blocks(console: Console, title: str, rows: list[tuple[str, str, dict]
     """rows of (section, name, cells by column), in as many tables as the width asks for."""
     names = list(columns)
     fits = max(1, (console.width - 22) // 15)
-    for start in range(0, len(names), fits):
+    for start in range(0, len(names), fits):  # a figure cut in the middle would mislead
         table = RichTable(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD,
                           show_edge=False, pad_edge=False)
         table.add_column("", no_wrap=True)
