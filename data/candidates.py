@@ -17,6 +17,7 @@ from decoding import asking
 from decoding.engines import Asked
 from scoring import checks
 
+# What a finished row depends on. Keys of rows hash it: a new flag here voids unfinished files.
 SETTINGS = ("model", "num_candidates", "min_candidates", "max_rounds", "max_cosine", "min_words",
             "max_words", "temperature", "max_tokens", "max_input_length", "seed")
 SPARE = 2  # further rounds ask for more than are missing, since they mostly repeat
@@ -48,6 +49,7 @@ def check_item(text: str, row: dict, message: str, args) -> str | None:
     """Why a text cannot be a candidate of this row, asked for by this message, or None."""
     if checks.SPEAKER_LABEL.search(text):
         return "speaker label"
+    # weak models copy lines of the context, or sentences of the instruction
     request = [*checks.turns_of(row), *re.split(r"\n+|(?<=[.!?])\s+", message)]
     if utils.normalise(text) in map(utils.normalise, request):
         return "repeats the request"
@@ -109,6 +111,7 @@ def make_row(row: dict, key: str, ask: Ask, embed: Embed, args) -> dict:
                 items.append(text)
         if items:
             dropped.update(add_different(candidates, vectors, items, embed, args))
+    # a failed call has said already what went wrong
     if len(candidates) < args.min_candidates:
         made.setdefault("problem", f"fewer than {args.min_candidates} candidates after "
                                    f"{made['rounds']} rounds")

@@ -130,6 +130,7 @@ def load_engine(args, rows: list[dict]) -> Local | Server:
         return Server(spec, args.base_url, args.key_file, args.max_connections, args.timeout,
                       args.timeout_total, tolerant=True, max_backoff=args.max_backoff,
                       max_failed=MAX_FAILED_IN_A_ROW)
+    # rows are asked one at a time: each further request depends on the answers before
     engine = Local(*load_checkpoint(spec.model), batch_size=1, name=spec.name)
     texts = [{key: row[key] for key in ("context", "prompt") if key in row} for row in rows]
     refuse_special_tokens(texts, engine.tokenizer, args.input_file)
@@ -153,7 +154,7 @@ def asker(engine: Local | Server, args) -> Ask:
 def load_embed() -> Embed:
     """Sentence embeddings of unit length, one thread at a time."""
     quiet()
-    embedder, lock = load_embedder(), threading.Lock()
+    embedder, lock = load_embedder(), threading.Lock()  # its memory of texts is a plain dict
 
     def embed(texts: list[str]):
         with lock:
@@ -182,8 +183,10 @@ def open_files(args, rows: dict[str, dict]) -> tuple[tuple[Path, Path], dict, di
             fail(USAGE, f"--resume: {save_file} was made with --{name} {old}, now it is "
                         f"{settings[name]}", "use the same flags, or another --save_file")
     made, rejected = (read_finished(path, rows) for path in files)
+    # what failed in a run that came to its end is tried again
     rejected = {key: row for key, row in rejected.items()
                 if key not in made and "failed" not in row["made"]}
+    # written now: a run that is killed before its end must know its settings when it goes on
     summary = {"settings": settings, "input_file": args.input_file, "base_url": args.base_url,
                "retries": before.get("retries", {})}
     utils.atomic_write(summary_file, json.dumps(summary, indent=1, ensure_ascii=False))
@@ -303,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     shortened = sum(is_shortened(row, args.max_input_length) for row in rows.values())
     engine = load_engine(args, listed)
     ask, embed = asker(engine, args), load_embed()
+    # torch uses all cores for one request already
     num_threads = 1 if isinstance(engine, Local) else args.max_connections
     try:
         make_all(rows, made, rejected, files,

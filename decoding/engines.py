@@ -74,6 +74,7 @@ def load_engine(spec: str | Spec, base_url: str | None = None, key_file: str | N
     if spec.provider != api.LOCAL:
         return Server(spec, base_url, key_file, max_connections, timeout, timeout_total, sampling,
                       tolerant)
+    # a forgotten provider would else draw quietly from another model
     if base_url:
         fail(USAGE, f"--base_url {base_url} does nothing with the local model {spec.name}",
              f"drop it, or ask openai:{spec.model}")
@@ -122,6 +123,7 @@ class Local:
             yield Asked(i, [], CallFailed(what, transient=False))
         for start in range(0, len(fitting), self.batch_size):
             block = fitting[start : start + self.batch_size]
+            # equal prompts with labels are branches of their own, so one prefill gives n replies
             forest = [Tree(branch_prompts([prompts[i]] * n, list(range(n)))) for i in block]
             if temperature:
                 drawn = self.draw(sample, forest, [seeds[i] for i in block], max_new_tokens,
@@ -149,7 +151,7 @@ class Local:
         else:
             self._count_prefill(forest, options)
             return [[self._reply(ids, max_new_tokens) for ids in row] for row in drawn]
-        # outside the except block: the error holds on to the tensors of the failed try
+        # outside of the except block, where the error would hold the tensors of the failed try
         half = len(forest) // 2
         info(f"out of memory with {len(forest)} rows, trying {half} (same seeds)")
         parts = [(forest[:half], seeds and seeds[:half]), (forest[half:], seeds and seeds[half:])]
@@ -220,14 +222,14 @@ class Server:
             def call(job: tuple[int, int]) -> tuple[int, Asked]:
                 index, before = job
                 request = fields | ({"n": wanted} if wanted > 1 else {})
-                if seeds is not None:
+                if seeds is not None:  # servers take 31 bits, ours have 60
                     request["seed"] = (seeds[index] + before) % 2**31
                 asked = self._call(index, messages[index], max_new_tokens, request)
                 return before, asked._replace(replies=asked.replies[:wanted])
 
             threads = max(1, min(self.max_connections, len(jobs)))
             for before, asked in api.work(call, jobs, threads):
-                yield before, asked
+                yield before, asked  # first, so that the caller has written it when the run stops
                 self._stop_if_down(asked.failure)
 
         known: dict[int, list[Reply]] = {i: [] for i in range(len(messages))}
@@ -237,7 +239,7 @@ class Server:
                 if len(asked.replies) == n or (asked.failure and asked.failure.transient):
                     del known[asked.index]
                     yield asked
-            if known:
+            if known:  # some servers ignore n, others refuse the call
                 self._takes_n = False
                 info(f"{self.url} gives one reply a call (no n); each reply is a call of its own")
         slots = {i: dict(enumerate(replies)) for i, replies in known.items()}

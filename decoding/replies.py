@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+# Small models answer as a script: "Person B: ...", "Possibility #2: ...".
 SPEAKER = re.compile(
     r"^\s*(?:\**Person [AB](?:'s (?:next )?(?:reply|response))?\**\s*:\**"
     r"|Possibility(?: number)? #?\d+\s*:)\s*", re.IGNORECASE)
+# They also go on with the other person's next turn.
 NEXT_SPEAKER = re.compile(r"\s*\n+\s*\**(?:Person [AB])\**\s*:.*", re.DOTALL)
 QUOTES = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'"})
 
@@ -51,6 +53,7 @@ def clean_reply(text: str) -> str:
     Text from the point where the model starts to speak for the other person is cut. Brackets,
     dashes, emoji and every script are kept. The result may be empty; callers count that.
     """
+    # plain quotes first: the pair at the ends may be curly
     text = SPEAKER.sub("", text.translate(QUOTES))
     text = " ".join(NEXT_SPEAKER.sub("", text).split())
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:

@@ -32,7 +32,7 @@ def judge(systems: dict[str, list[dict]], sources, args,
     Controls go to a server only with --judge_controls; their texts have no verdict otherwise.
     """
     if args.judge == "api":
-        if not args.judge_controls:
+        if not args.judge_controls:  # calls cost money
             systems = {name: rows for name, rows in systems.items()
                        if not name.startswith(CONTROL)}
         return _by_api(connect(args, save_file), _replies_of(systems), args.no_canaries)
@@ -61,7 +61,7 @@ def _replies_of(systems: dict[str, list[dict]]) -> list[tuple[dict, list[str]]]:
     """Each row with the different replies of all systems; of controls in the first rows alone."""
     rows = []
     for i, of_row in enumerate(zip(*systems.values(), strict=True)):
-        texts: dict[str, None] = {}  # an ordered set
+        texts: dict[str, None] = {}  # an ordered set: the log then has the order of the files
         for name, row in zip(systems, of_row, strict=True):
             if i < JUDGED_CONTROLS or not name.startswith(CONTROL):
                 texts |= dict.fromkeys(row["preds"])
@@ -72,6 +72,7 @@ def _replies_of(systems: dict[str, list[dict]]) -> list[tuple[dict, list[str]]]:
 def _by_proxy(model_name: str, rows: list[tuple[dict, list[str]]],
               embedder) -> tuple[Verdicts, dict]:
     """By the local proxy; all systems' replies to a row are branches of one prompt tree."""
+    # before the model is loaded; diversity needs no judge, so the evaluation goes on
     if reason := judge_local.why_not_calibrated([row for row, _ in rows]):
         unjudged = {"coherent": None, "shown": "not judged"}
         return ([{text: dict(unjudged) for text in texts} for _, texts in rows],
@@ -101,6 +102,7 @@ def _by_model(model_name: str, rows: list[tuple[dict, list[str]]],
     chat_model = judge_local.HFJudge(*load_checkpoint(model_name)[:2])
     verdicts, masses = [], []
     for row, texts in tqdm(rows, desc="judge", unit="row"):
+        # a model may well rate an empty reply high, by its context alone
         full = [text for text in texts if text.strip()]
         ratings, of_ratings = chat_model.score(row, full)
         masses += of_ratings.tolist()
@@ -124,7 +126,8 @@ def _by_api(api_judge: judge_api.APIJudge, rows: list[tuple[dict, list[str]]],
     """By one or two models behind servers; empty replies are not sent, they are incoherent."""
     items = [(row, text) for row, texts in rows for text in texts if text.strip()]
     canaries = [] if no_canaries else judge_prompt.canary_items()
-    answers = iter(api_judge.judge(items + canaries, progress=tqdm))  # canaries come last
+    # one call for all, so that no connection runs idle between rows; the canaries come last
+    answers = iter(api_judge.judge(items + canaries, progress=tqdm))
     verdicts = []
     for row, texts in rows:
         of_row = {text: rated(None) for text in texts}
