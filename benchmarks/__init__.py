@@ -1,1 +1,1 @@
-"""Measurements: speed, transfer, equality before and after a change; run as python -m benchmarks.NAME."""
+"""Measurements: speed, transfer, equality before and after a change; python -m benchmarks.NAME."""
