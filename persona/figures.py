@@ -171,8 +171,9 @@ def _make_extract(args):
     from decoding.engines import load_engine  # loads torch, which rules do without
 
     log_file = Path(args.save_file).with_suffix(".extractions.jsonl")
+    # tolerant: an interview without an answer counts as unread, and a later run asks again
     engine = load_engine(args.extract, args.base_url, args.key_file, args.max_connections,
-                         args.timeout, args.timeout_total)
+                         args.timeout, args.timeout_total, tolerant=True)
     return lambda rows: by_model(engine, rows, log_file)
 
 
