@@ -1,8 +1,8 @@
 """Make one-to-many data from your own prompts, with a model of this machine or behind a server.
 
-    python data/make_candidates.py --input_file prompts.jsonl --save_file data/mine.jsonl \\
+    python -m data.make_candidates --input_file prompts.jsonl --save_file data/mine.jsonl \\
         --base_url http://127.0.0.1:8000/v1 --model openai:NAME
-    python data/make_candidates.py --input_file prompts.jsonl --save_file data/mine.jsonl \\
+    python -m data.make_candidates --input_file prompts.jsonl --save_file data/mine.jsonl \\
         --model hf:smollm2
 
 Rows of the input have `context` or `prompt`; candidates that a row already has are kept and
@@ -48,7 +48,7 @@ CHARACTERS_PER_TOKEN, TOKENS_PER_CANDIDATE = 4, 30  # rules of thumb, for the es
 
 
 def build_parser() -> FlagParser:
-    parser = FlagParser(prog="data/make_candidates.py", description=__doc__)
+    parser = FlagParser(prog="-m data.make_candidates", description=__doc__)
     group = parser.add_argument_group("what")
     group.add_argument("--input_file", required=True, help="JSONL with context or prompt")
     group.add_argument("--save_file", required=True, help="JSONL: the rows + candidates")
@@ -268,7 +268,7 @@ def finish(rows: dict, made: dict, rejected: dict, files: tuple[Path, Path],
     if rejected:
         print(f"{len(rejected)} rows rejected, in {files[1]}: {_counted(problems)}")
     if made:
-        print(f"next: python data/check.py {files[0]}")
+        print(f"next: python -m data.check {files[0]}")
 
 
 def _counted(counts: Counter) -> str:
@@ -317,7 +317,8 @@ def main(argv: list[str] | None = None) -> None:
         key_name = api.PROVIDERS[api.parse_spec(args.engine).provider][1]
         look = f"check {key_name}, --model and --base_url; " if stop.code == REFUSED else ""
         fail(stop.code, f"{stop.what}; {len(made)} of {len(rows)} rows are made",
-             f"{look}go on with: python data/make_candidates.py {shlex.join([*words, '--resume'])}")
+             f"{look}go on with: python -m data.make_candidates "
+             f"{shlex.join([*words, '--resume'])}")
     retries = Counter(summary["retries"]) + Counter(engine.figures().get("retries", {}))
     finish(rows, made, rejected, files, summary | {"retries": retries, "shortened": shortened})
     if len(rejected) > args.fail_on_error * len(rows):

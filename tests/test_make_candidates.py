@@ -224,7 +224,7 @@ def test_a_wait_beyond_the_deadline_exits_with_75_and_its_resume_line_works(make
     server = serve(ok(), error(429, headers={"Retry-After": "3600"}))
     code, made, _, said = make(ROWS, server.url)
     assert code == TRY_LATER and len(made) == 1 and "asks to wait 3600 s" in said
-    line = re.search(r"go on with: python data/make_candidates.py (.*)", said)[1]
+    line = re.search(r"go on with: python -m data.make_candidates (.*)", said)[1]
     code, made, _, _ = make(None, None, argv=shlex.split(line))
     assert code == 0 and contexts(made) == contexts(ROWS)
     assert len(server.seen) == 2 + 3, "the finished row is not asked for again"
