@@ -1,4 +1,7 @@
-"""The five methods side by side: one list of hooks, configs that parse, checkpoints that say their method."""
+"""The five methods side by side.
+
+One list of hooks, configs that parse, checkpoints that say their method.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,35 @@ from training.flags import add_training_args
 
 PAPERS = sorted(set(methods.METHODS.values()))
 HOOKS = {  # file -> hook: its arguments, in the order in which they stand in every file
-    "flags": {"add_train_args": "parser", "check_train": "args", "add_infer_args": "parser",
-              "check_infer": "args"},
-    "training": {"load_rows": "args", "prepare_tokenizer": "tokenizer args",
-                 "prepare_model": "model tokenizer rows args",
-                 "describe": "model tokenizer rows args", "build_tree": "row tokenizer args rng",
-                 "compute_loss": "model batch args step", "order_rows": "rows args rng",
-                 "parameter_groups": "model args",
-                 "after_pass": "model forest rows args saves", "save": "model folder state_dict"},
-    "inference": {"resolve": "args run", "load_rows": "args run",
-                  "prepare_rows": "engine rows args", "decode_tree": "row tokenizer args",
-                  "messages": "row args", "clean": None, "finish": "save_file summary args",
-                  "talk": "engine args", "next_command": "args checkpoint"},
+    "flags": {
+        "add_train_args": "parser",
+        "check_train": "args",
+        "add_infer_args": "parser",
+        "check_infer": "args",
+    },
+    "training": {
+        "load_rows": "args",
+        "prepare_tokenizer": "tokenizer args",
+        "prepare_model": "model tokenizer rows args",
+        "describe": "model tokenizer rows args",
+        "build_tree": "row tokenizer args rng",
+        "compute_loss": "model batch args step",
+        "order_rows": "rows args rng",
+        "parameter_groups": "model args",
+        "after_pass": "model forest rows args saves",
+        "save": "model folder state_dict",
+    },
+    "inference": {
+        "resolve": "args run",
+        "load_rows": "args run",
+        "prepare_rows": "engine rows args",
+        "decode_tree": "row tokenizer args",
+        "messages": "row args",
+        "clean": None,
+        "finish": "save_file summary args",
+        "talk": "engine args",
+        "next_command": "args checkpoint",
+    },
     "evaluation": {"measure": "systems sources args", "tables": "summary"},
 }
 COMMON = ("method", "help", "config", "print_config")
@@ -59,7 +79,9 @@ def test_every_paper_defines_every_hook_in_one_order_with_one_signature(paper, p
 def test_a_papers_package_is_its_docstring_alone(paper):
     """So that importing its flags loads no torch."""
     text = (ROOT / "methods" / paper / "__init__.py").read_text(encoding="utf-8")
-    assert "arXiv" in text and text.rstrip().endswith('"""') and "import " not in text.split('"""')[2]
+    assert (
+        "arXiv" in text and text.rstrip().endswith('"""') and "import " not in text.split('"""')[2]
+    )
 
 
 def flags_of(paper: str, hook: str, common: FlagParser) -> set[str]:
@@ -79,7 +101,12 @@ def test_scripts_know_no_flag_of_a_single_method(paper):
     trunk = [ROOT / "train.py", *(ROOT / "training").glob("*.py")]
     plain = {action.dest for action in infer.build_parser("base")._actions}
     drawing = {action.dest for action in infer.build_parser(method)._actions} - plain
-    rooms = [ROOT / "infer.py", ROOT / "eval.py", ROOT / "utils.py", *(ROOT / "decoding").glob("*.py")]
+    rooms = [
+        ROOT / "infer.py",
+        ROOT / "eval.py",
+        ROOT / "utils.py",
+        *(ROOT / "decoding").glob("*.py"),
+    ]
     for names, files in ((own, trunk), (drawing - {"model_name"}, rooms)):
         for file in files:
             used = set(re.findall(r"\bargs\.(\w+)", file.read_text(encoding="utf-8")))
@@ -98,9 +125,15 @@ def test_every_config_is_read_without_error_and_names_its_run(path, data_here):
 
 # ---- a checkpoint says what made it -------------------------------------------------------------
 
-MESSAGES = [{"messages": [{"role": "user", "content": f"Is {i} odd?"},
-                          {"role": "assistant", "content": "Yes." if i % 2 else "No."}]}
-            for i in range(4)]
+MESSAGES = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Is {i} odd?"},
+            {"role": "assistant", "content": "Yes." if i % 2 else "No."},
+        ]
+    }
+    for i in range(4)
+]
 DIALOGUE = [{"persona": ["I sail."], "context": "Hi.", "response": "Hello."}]
 LABELLED = [{"text": f"It is {i} o'clock.", "values": {"length": "low"}} for i in range(4)]
 WORDS = {"values": ["low", "high"], "thresholds": [0.5], "scorer": "words", "version": "1"}
@@ -114,16 +147,27 @@ def inputs(tmp_path_factory):
     prompt = {"request": "Name a tree.", "response": "", "targets": ["oak", "elm"]}
     (home / "trees.json").write_text(json.dumps(prompt))
     (home / "manifest.json").write_text(json.dumps({"schema": {"length": WORDS}}))
-    files = {name: str(write_jsonl(home / f"{name}.jsonl", rows)) for name, rows in (
-        ("peft", DIALOGUES), ("delia", MESSAGES), ("spt", DIALOGUE), ("control", LABELLED),
-        ("base", DIALOGUES))}
+    files = {
+        name: str(write_jsonl(home / f"{name}.jsonl", rows))
+        for name, rows in (
+            ("peft", DIALOGUES),
+            ("delia", MESSAGES),
+            ("spt", DIALOGUE),
+            ("control", LABELLED),
+            ("base", DIALOGUES),
+        )
+    }
     tree = str(home / "trees.json")
     return {
         "peft": (["--train_file", files["peft"], *LORA], ["--test_file", files["peft"]]),
-        "diffuse": (["--train_file", tree, *LORA],
-                    ["--train_prompts", tree, "--n_generations", "2"]),
-        "delia": (["--train_file", files["delia"], "--diverse_ratio", "0", *LORA],
-                  ["--test_file", files["delia"]]),
+        "diffuse": (
+            ["--train_file", tree, *LORA],
+            ["--train_prompts", tree, "--n_generations", "2"],
+        ),
+        "delia": (
+            ["--train_file", files["delia"], "--diverse_ratio", "0", *LORA],
+            ["--test_file", files["delia"]],
+        ),
         "spt": (["--train_file", files["spt"]], ["--test_file", files["spt"]]),
         "control": (["--train_file", files["control"]], ["--condition", "length=high"]),
     }
@@ -133,9 +177,23 @@ def inputs(tmp_path_factory):
 def checkpoints(inputs, tiny_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints")
     for method, (training, _) in inputs.items():
-        train.main(["--method", method, "--model_name", str(tiny_dir), "--output_dir", str(out),
-                    "--max_steps", "1", "--per_device_train_batch_size", "1",
-                    "--gradient_accumulation_steps", "1", *training])
+        train.main(
+            [
+                "--method",
+                method,
+                "--model_name",
+                str(tiny_dir),
+                "--output_dir",
+                str(out),
+                "--max_steps",
+                "1",
+                "--per_device_train_batch_size",
+                "1",
+                "--gradient_accumulation_steps",
+                "1",
+                *training,
+            ]
+        )
     return {method: out / method / "check_1" for method in inputs}
 
 
@@ -143,8 +201,19 @@ def checkpoints(inputs, tiny_dir, tmp_path_factory):
 def test_a_checkpoint_needs_no_method_flag(method, checkpoints, inputs, tmp_path):
     """Its run.json names the method, whose flags are there and whose rows are read."""
     out = tmp_path / "out.jsonl"
-    infer.main(["--model_name_or_path", str(checkpoints[method]), *inputs[method][1],
-                "--save_file", str(out), "--max_new_tokens", "3", "--limit", "1"])
+    infer.main(
+        [
+            "--model_name_or_path",
+            str(checkpoints[method]),
+            *inputs[method][1],
+            "--save_file",
+            str(out),
+            "--max_new_tokens",
+            "3",
+            "--limit",
+            "1",
+        ]
+    )
     row = json.loads(out.read_text().split("\n")[0])
     assert len(row["preds"]) >= 1
     assert json.loads(out.with_suffix(".json").read_text())["settings"]["method"] == method
@@ -153,26 +222,60 @@ def test_a_checkpoint_needs_no_method_flag(method, checkpoints, inputs, tmp_path
 def test_rows_of_another_kind_are_refused_by_what_they_lack(checkpoints, tmp_path, capsys):
     """A delia checkpoint without --method once took a row with a prompt for messages, and broke."""
     file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Name a boat."}])
-    said = refused(capsys, 2, infer.main, [
-        "--model_name_or_path", str(checkpoints["delia"]), "--test_file", str(file),
-        "--save_file", str(tmp_path / "out.jsonl")])
+    said = refused(
+        capsys,
+        2,
+        infer.main,
+        [
+            "--model_name_or_path",
+            str(checkpoints["delia"]),
+            "--test_file",
+            str(file),
+            "--save_file",
+            str(tmp_path / "out.jsonl"),
+        ],
+    )
     assert f'{file}:1: field "messages" must be a list of turns' in said
 
 
 @pytest.mark.parametrize("method", ["diffuse", "delia", "spt", "control"])
 def test_another_methods_flag_is_refused_and_not_ignored(method, checkpoints, capsys):
-    said = refused(capsys, 2, infer.read_flags, [
-        "--model_name_or_path", str(checkpoints["peft"]), "--method", method, "--test_file", "x",
-        "--save_file", "y", "--tomato", "1"])
+    said = refused(
+        capsys,
+        2,
+        infer.read_flags,
+        [
+            "--model_name_or_path",
+            str(checkpoints["peft"]),
+            "--method",
+            method,
+            "--test_file",
+            "x",
+            "--save_file",
+            "y",
+            "--tomato",
+            "1",
+        ],
+    )
     assert "option --tomato is unknown for this method" in said
 
 
 def test_test_rows_that_were_trained_on_are_told_for_every_kind_of_row(
-        checkpoints, inputs, tmp_path, capsys):
+    checkpoints, inputs, tmp_path, capsys
+):
     """Of messages the last question counts, of dialogues with a persona the context."""
     for method in ("delia", "spt"):
-        infer.main(["--model_name_or_path", str(checkpoints[method]), *inputs[method][1],
-                    "--save_file", str(tmp_path / f"{method}.jsonl"), "--max_new_tokens", "2"])
+        infer.main(
+            [
+                "--model_name_or_path",
+                str(checkpoints[method]),
+                *inputs[method][1],
+                "--save_file",
+                str(tmp_path / f"{method}.jsonl"),
+                "--max_new_tokens",
+                "2",
+            ]
+        )
         count = {"delia": 4, "spt": 1}[method]
         assert f"{count} of {count} rows were trained on" in capsys.readouterr().err, method
 
@@ -181,8 +284,17 @@ def test_test_rows_that_were_trained_on_are_told_for_every_kind_of_row(
 def test_the_next_command_of_training_is_one_that_infer_takes(method, checkpoints, data_here):
     """train.py prints it; whoever follows it must not meet an unknown flag."""
     args = argparse.Namespace(
-        method=method, exp_name=method, run_name=method, output_dir=str(checkpoints[method].parents[1]),
-        config=None, train_file=["x"], model_name="smollm2", leave_out=None, leave_in=None,
-        n_generations=2, max_new_tokens=3)
+        method=method,
+        exp_name=method,
+        run_name=method,
+        output_dir=str(checkpoints[method].parents[1]),
+        config=None,
+        train_file=["x"],
+        model_name="smollm2",
+        leave_out=None,
+        leave_in=None,
+        n_generations=2,
+        max_new_tokens=3,
+    )
     command = methods.load(method, "inference").next_command(args, checkpoints[method])
     assert infer.read_flags([str(word) for word in command]).method == method

@@ -64,8 +64,9 @@ def loss_of(model, forest, args, step=0):
 
 
 def forest_of(rows, tokenizer, args):
-    return [training.build_tree(row, tokenizer, args, random.Random(i))
-            for i, row in enumerate(rows)]
+    return [
+        training.build_tree(row, tokenizer, args, random.Random(i)) for i, row in enumerate(rows)
+    ]
 
 
 def test_a_batch_of_four_equals_the_mean_of_four_batches_of_one(tokenizer, tiny_model):
@@ -78,7 +79,8 @@ def test_a_batch_of_four_equals_the_mean_of_four_batches_of_one(tokenizer, tiny_
 
 
 def test_unlikelihood_sets_in_after_the_likelihood_only_steps_and_weight_0_equals_no_ul(
-        tokenizer, tiny_model):
+    tokenizer, tiny_model
+):
     args = peft_flags("--likelihood_only_steps", "3")
     forest = forest_of(DIALOGUES[:1], tokenizer, args)
     before, parts, _ = loss_of(tiny_model, forest, args, step=2)
@@ -131,8 +133,9 @@ def test_every_number_teaches_its_own_reply_to_the_end_and_unlearns_the_others(k
         assert tokenizer.decode(path[2].input_ids[:-1]).strip() == row["candidates"][path[2].branch]
     pairs = {(path[1].branch, path[2].branch) for path in segments(tree, UNLIKELIHOOD)}
     assert pairs == {(numbers[i], j) for i in range(4) for j in range(4) if i != j}
-    assert not any(tokenizer.eos_token_id in path[2].input_ids
-                   for path in segments(tree, UNLIKELIHOOD))
+    assert not any(
+        tokenizer.eos_token_id in path[2].input_ids for path in segments(tree, UNLIKELIHOOD)
+    )
 
 
 @pytest.mark.parametrize(("words", "negatives"), [([], 12), (["--no_ul"], 0)])
@@ -140,8 +143,10 @@ def test_likelihood_is_asked_of_every_reply_token_and_of_no_other(tokenizer, wor
     """With or without numbers, the four replies whole, with end tokens; nothing of a prompt."""
     tree = training.build_tree(DIALOGUES[1], tokenizer, peft_flags(*words), random.Random(0))
     batch = trees.pack([tree])
-    replies = [tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
-               for reply in DIALOGUES[1]["candidates"]]
+    replies = [
+        tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
+        for reply in DIALOGUES[1]["candidates"]
+    ]
     learnt = batch["token"][batch["role"] == LIKELIHOOD]
     assert batch["input_ids"][0, learnt].tolist() == sum(replies, [])
     assert len(segments(tree, UNLIKELIHOOD)) == negatives
@@ -157,8 +162,10 @@ def test_a_row_with_two_of_four_replies_teaches_two_and_both_ordered_pairs(token
 def test_a_repeat_of_the_right_reply_is_never_a_negative_and_gets_a_number_of_its_own(tokenizer):
     """Replies A, A, "a!", B: the first three are equal when normalised, so that of 12 pairs the 6
     with B remain."""
-    row = {"context": "x\ny",
-           "candidates": ["Buy apples", "Buy apples", "buy  apples!", "Sell pears"]}
+    row = {
+        "context": "x\ny",
+        "candidates": ["Buy apples", "Buy apples", "buy  apples!", "Sell pears"],
+    }
     tree = training.build_tree(row, tokenizer, peft_flags(), random.Random(1))
     assert len({child.branch for child in tree.root.children}) == 4
     pairs = [(0, 3), (1, 3), (2, 3), (3, 0), (3, 1), (3, 2)]
@@ -181,18 +188,24 @@ def test_distinct_words_spare_what_the_context_and_the_right_reply_say(tokenizer
         for path in segments(tree, UNLIKELIHOOD):
             reply = row["candidates"][path[2].branch]
             offsets = tokenizer(reply, return_offsets_mapping=True)["offset_mapping"]
-            starts = [start + (reply[start] == " ")
-                      for (start, _), w in zip(offsets, path[2].weights, strict=True) if w]
+            starts = [
+                start + (reply[start] == " ")
+                for (start, _), w in zip(offsets, path[2].weights, strict=True)
+                if w
+            ]
             marked[path[2].branch] = [re.match(r"\w+", reply[s:])[0] for s in starts]
         return marked
 
-    assert unlearnt("content") == {0: ["Black", "cats", "purr"],
-                                   1: ["Black", "dogs", "bark", "cat"]}
+    assert unlearnt("content") == {
+        0: ["Black", "cats", "purr"],
+        1: ["Black", "dogs", "bark", "cat"],
+    }
     assert unlearnt("distinct") == {0: ["cats", "purr"], 1: ["dogs", "bark"]}
 
 
 def test_numbers_depend_on_seed_epoch_and_row_alone_and_are_fresh_every_epoch(tokenizer):
     """450 epochs of 4 numbers are 1,800 draws over 9: 200 each, standard deviation 13."""
+
     def numbers(epoch, seed="1"):
         args = peft_flags("--seed", seed)
         tree = build(training, DIALOGUES[0], 0, epoch, tokenizer, args)
@@ -209,7 +222,8 @@ def test_too_long_drops_the_oldest_turns_and_never_a_reply(tokenizer):
     row = {**DIALOGUES[0], "context": "\n".join(turns)}
     whole, tree, nothing = (
         training.build_tree(row, tokenizer, peft_flags("--max_length", length), random.Random(0))
-        for length in ("500", "250", "40"))
+        for length in ("500", "250", "40")
+    )
     text = tokenizer.decode(tree.root.input_ids)
     assert whole.dropped_turns == 0 < tree.dropped_turns < 9
     assert "Person A: Last?" in text and "number 0" not in text
@@ -225,7 +239,9 @@ def test_too_long_drops_the_oldest_turns_and_never_a_reply(tokenizer):
 SENTENCES = [
     "I don't think the 12 zebras would eat strawberries, do they?",
     "Café 7 was closed; try well-known places.",
-    "Because of that, it isn't 1984 again.", "Run!", "12 élan-rich cafés",
+    "Because of that, it isn't 1984 again.",
+    "Run!",
+    "12 élan-rich cafés",
     "It’s 10:30, the naïve aren’t up.",
 ]
 
@@ -235,8 +251,11 @@ def marked_words(text, tokenizer) -> list[str]:
     ids, marks = training.content_words(text, tokenizer)
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     words = list(training.WORD.finditer(text))
-    return [next(w[0] for w in words if w.start() < end and w.end() > start)
-            for (start, end), mark in zip(spans, marks, strict=True) if mark]
+    return [
+        next(w[0] for w in words if w.start() < end and w.end() > start)
+        for (start, end), mark in zip(spans, marks, strict=True)
+        if mark
+    ]
 
 
 def test_content_words_by_hand(tokenizer):
@@ -246,8 +265,17 @@ def test_content_words_by_hand(tokenizer):
     assert first == 1 and rest and not any(rest), "the first token of a word alone"
 
 
-WORDS = {"the": 0, "And": 0, "don't": 0, "it’s": 0, "she'll": 0, "...": 0,
-         "cats": 1, "1984": 1, "well-known": 1}
+WORDS = {
+    "the": 0,
+    "And": 0,
+    "don't": 0,
+    "it’s": 0,
+    "she'll": 0,
+    "...": 0,
+    "cats": 1,
+    "1984": 1,
+    "well-known": 1,
+}
 
 
 @given(st.lists(st.sampled_from(sorted(WORDS)), max_size=8))

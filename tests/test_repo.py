@@ -17,14 +17,33 @@ from flags import first_pass, parse_flags
 from persona import figures, interview
 
 SCRIPTS = ("train.py", "infer.py", "eval.py")
-# What each of the five files at the root may import of the toolkit; import-linter sees packages only.
+# What each of the five files at the root may import of the toolkit; import-linter reads packages.
 MAY_IMPORT = {
     "utils.py": set(),
     "flags.py": {"utils"},
     "eval.py": {"utils", "flags", "trees", "modeling", "decoding", "scoring", "methods", "persona"},
-    "infer.py": {"utils", "flags", "trees", "modeling", "decoding", "scoring", "methods", "persona"},
-    "train.py": {"utils", "flags", "trees", "modeling", "training", "decoding", "scoring", "methods",
-                 "persona", "infer"},
+    "infer.py": {
+        "utils",
+        "flags",
+        "trees",
+        "modeling",
+        "decoding",
+        "scoring",
+        "methods",
+        "persona",
+    },
+    "train.py": {
+        "utils",
+        "flags",
+        "trees",
+        "modeling",
+        "training",
+        "decoding",
+        "scoring",
+        "methods",
+        "persona",
+        "infer",
+    },
 }
 ROOMS = {"trees", "modeling", "training", "decoding", "scoring", "methods", "persona"}
 
@@ -38,7 +57,11 @@ def tracked() -> list[str]:
 
 def readme_commands() -> list[str]:
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    return [line.strip() for line in text.splitlines() if re.match(r"\s*(python|accelerate launch .*?) ?\S*\.py ", line)]
+    return [
+        line.strip()
+        for line in text.splitlines()
+        if re.match(r"\s*(python|accelerate launch .*?) ?\S*\.py ", line)
+    ]
 
 
 PUBLISHED = [  # these commands work as they stand, on a machine with a GPU and the hub
@@ -61,21 +84,31 @@ def test_the_published_commands_stand_in_the_readme_whole(command):
 
 
 def parser_for(script: str, argv: list[str]):
-    """The parser that a command meets: that of its method, or of what --interview and --persona start."""
+    """The parser that a command meets.
+
+    That of its method, or of what --interview and --persona start.
+    """
     first = first_pass(argv, "method", "interview", "persona")
     if script == "train.py":
         return train.build_parser(first["method"] or "peft")
     if script == "infer.py":
-        return interview.build_parser() if first["interview"] else \
-            infer.build_parser(first["method"] or "peft")
-    return figures.build_parser() if first["persona"] else importlib.import_module("eval").build_parser()
+        return (
+            interview.build_parser()
+            if first["interview"]
+            else infer.build_parser(first["method"] or "peft")
+        )
+    return (
+        figures.build_parser()
+        if first["persona"]
+        else importlib.import_module("eval").build_parser()
+    )
 
 
 @pytest.mark.parametrize("line", readme_commands() or ["none"])
 def test_every_readme_command_parses(line, data_here):
     words = shlex.split(line, comments=True)
     script = next(word for word in words if word.endswith(".py"))
-    argv = words[words.index(script) + 1:]
+    argv = words[words.index(script) + 1 :]
     if script in SCRIPTS:
         args = parse_flags(parser_for(script, argv), argv)
         assert args.config is None or (ROOT / args.config).is_file()
@@ -103,8 +136,9 @@ def test_five_files_stand_at_the_root_and_import_only_what_is_below_them():
 
 
 def product_files() -> list:
-    return [ROOT / name for name in MAY_IMPORT] + \
-        [path for room in sorted(ROOMS) for path in (ROOT / room).rglob("*.py")]
+    return [ROOT / name for name in MAY_IMPORT] + [
+        path for room in sorted(ROOMS) for path in (ROOT / room).rglob("*.py")
+    ]
 
 
 def test_files_and_functions_stay_short_enough_to_read():
@@ -117,20 +151,41 @@ def test_files_and_functions_stay_short_enough_to_read():
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("words", [
-    "OWN_INFERENCE", "OWN_EVALUATION", "OWN_ADAPTER", "OWN_PLAN", r"in vars\(args\)",
-    r"vars\(args\)\.get", r"hasattr\(", r"^\s*args\.\w+ = "])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "OWN_INFERENCE",
+        "OWN_EVALUATION",
+        "OWN_ADAPTER",
+        "OWN_PLAN",
+        r"in vars\(args\)",
+        r"vars\(args\)\.get",
+        r"hasattr\(",
+        r"^\s*args\.\w+ = ",
+    ],
+)
 def test_methods_plug_in_by_hooks_and_args_stay_as_they_are_parsed(words):
     for path in product_files():
         assert not re.search(words, path.read_text(encoding="utf-8"), re.M), path
 
 
 def test_no_unsafe_calls_keys_or_machine_paths_are_tracked():
-    bad = [r"pickle\.load\b", "trust_remote_code" + "=True", r"yaml\.load\(", r"\bsk-[A-Za-z0-9]{20}", r"/home/\w+/", r"FIX" + "ME"]
+    bad = [
+        r"pickle\.load\b",
+        "trust_remote_code" + "=True",
+        r"yaml\.load\(",
+        r"\bsk-[A-Za-z0-9]{20}",
+        r"/home/\w+/",
+        r"FIX" + "ME",
+    ]
     for name in tracked():
         if name.endswith((".py", ".md", ".yaml", ".toml", ".ipynb", "Makefile")):
             text = (ROOT / name).read_text(encoding="utf-8")
-            found = [pattern for pattern in bad if re.search(pattern, text) and name != "tests/test_repo.py"]
+            found = [
+                pattern
+                for pattern in bad
+                if re.search(pattern, text) and name != "tests/test_repo.py"
+            ]
             assert not found, f"{name}: {found}"
 
 

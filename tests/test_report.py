@@ -24,25 +24,51 @@ def spread(mean: float) -> dict:
 
 
 def system(yields, coherent, diversity, control=False, **more) -> dict:
-    return {"control": control, "yield@2": spread(yields), "coherent": spread(coherent),
-            "distinct_k": spread(diversity), "self_bleu": None, "rows": 3, "responses": 6,
-            "empty": 1, "reasons": {"self_bleu": "one response a prompt"}, **more}
+    return {
+        "control": control,
+        "yield@2": spread(yields),
+        "coherent": spread(coherent),
+        "distinct_k": spread(diversity),
+        "self_bleu": None,
+        "rows": 3,
+        "responses": 6,
+        "empty": 1,
+        "reasons": {"self_bleu": "one response a prompt"},
+        **more,
+    }
 
 
 @pytest.fixture
 def summary() -> dict:
     """Two systems and two controls, of which one is more diverse than both systems."""
     return {
-        "kind": "common", "k": 2, "rows": 3, "controllability": {}, "reasons": {},
+        "kind": "common",
+        "k": 2,
+        "rows": 3,
+        "controllability": {},
+        "reasons": {},
         "judge": {"name": "proxy", "text": "a proxy with AUC 0.9"},
-        "systems": {"base": system(0.5, 0.4, 1.5), "tuned": system(1.5, 0.8, 1.4),
-                    "control: random words": system(0.1, 0.02, 2.0, True),
-                    "control: repeated": system(0.4, 0.4, 1.0, True)},
-        "differences": {"tuned - base": {"yield@2": figure(1.0, 0.4, 1.5),
-                                         "coherent": figure(0.4, -0.1, 0.8),
-                                         "distinct_k": figure(-0.1, -0.4, 0.2)}},
-        "matched": {"tuned - base": {"measures": {"distinct_k": figure(0.05, -0.2, 0.3)},
-                                     "prompts": 2, "left_out": 1, "responses": 4}},
+        "systems": {
+            "base": system(0.5, 0.4, 1.5),
+            "tuned": system(1.5, 0.8, 1.4),
+            "control: random words": system(0.1, 0.02, 2.0, True),
+            "control: repeated": system(0.4, 0.4, 1.0, True),
+        },
+        "differences": {
+            "tuned - base": {
+                "yield@2": figure(1.0, 0.4, 1.5),
+                "coherent": figure(0.4, -0.1, 0.8),
+                "distinct_k": figure(-0.1, -0.4, 0.2),
+            }
+        },
+        "matched": {
+            "tuned - base": {
+                "measures": {"distinct_k": figure(0.05, -0.2, 0.3)},
+                "prompts": 2,
+                "left_out": 1,
+                "responses": 4,
+            }
+        },
     }
 
 
@@ -50,18 +76,32 @@ def withheld() -> dict:
     """What two files with different numbers of replies a row have in common."""
     why = "the files have different numbers of replies a row: base 5, tuned 9"
     described = {"rows": 3, "responses": 15, "empty": 0, "control": False, "seconds_per_row": None}
-    return {"kind": "eval/diffuse", "k": None, "drawn": None, "rows": 3,
-            "judge": {"name": None, "text": f"no common figures: {why}"},
-            "systems": {name: described | {"reasons": {"all common figures": why}}
-                        for name in ("base", "tuned")},
-            "differences": {}, "matched": {}, "controllability": {}, "settings": {},
-            "reasons": {"common figures": why}}
+    return {
+        "kind": "eval/diffuse",
+        "k": None,
+        "drawn": None,
+        "rows": 3,
+        "judge": {"name": None, "text": f"no common figures: {why}"},
+        "systems": {
+            name: described | {"reasons": {"all common figures": why}} for name in ("base", "tuned")
+        },
+        "differences": {},
+        "matched": {},
+        "controllability": {},
+        "settings": {},
+        "reasons": {"common figures": why},
+    }
 
 
-METHODS_OWN = [Table("KL to the target in nats", ["prompt", "base"], [["a <b>number</b>", "0.12"],
-                                                                      ["a name", "—"]],
-                     ["a name: no model & no figure"]),
-               Table("nothing to compare", ["prompt", "base"], [])]
+METHODS_OWN = [
+    Table(
+        "KL to the target in nats",
+        ["prompt", "base"],
+        [["a <b>number</b>", "0.12"], ["a name", "—"]],
+        ["a name: no model & no figure"],
+    ),
+    Table("nothing to compare", ["prompt", "base"], []),
+]
 
 
 @pytest.fixture
@@ -73,11 +113,18 @@ def prompts(summary) -> list[dict]:
 
     pages = []
     for n, context in enumerate(["Is it raining?", "Who ate <b>it</b>?", "Shall we go?"]):
-        systems = {name: {"replies": [reply("Yes."), reply("No.", 1, None)],
-                          "similarity": [[1, 0.25], [0.25, 1]], "yield": None}
-                   for name in summary["systems"]}
-        systems["base"] |= {"replies": [reply(EVIL if n == 1 else "Maybe."), reply("", 1, False)],
-                            "yield": (0, 2, 1)[n]}
+        systems = {
+            name: {
+                "replies": [reply("Yes."), reply("No.", 1, None)],
+                "similarity": [[1, 0.25], [0.25, 1]],
+                "yield": None,
+            }
+            for name in summary["systems"]
+        }
+        systems["base"] |= {
+            "replies": [reply(EVIL if n == 1 else "Maybe."), reply("", 1, False)],
+            "yield": (0, 2, 1)[n],
+        }
         systems["tuned"]["yield"] = (2, 1, 2)[n]
         pages.append({"text": context, "turns": label_turns(context), "systems": systems})
     return pages
@@ -146,8 +193,10 @@ def test_the_tables_of_a_method_stand_in_the_terminal_whole_with_their_notes(cap
 
 
 def test_texts_are_shown_and_never_become_markup(summary, prompts):
-    summary["systems"] = {name.replace("tuned", "<u>tuned</u>"): of_system
-                          for name, of_system in summary["systems"].items()}
+    summary["systems"] = {
+        name.replace("tuned", "<u>tuned</u>"): of_system
+        for name, of_system in summary["systems"].items()
+    }
     summary["differences"], summary["matched"] = {}, {}
     for prompt in prompts:
         prompt["systems"]["<u>tuned</u>"] = prompt["systems"].pop("tuned")
@@ -209,15 +258,19 @@ def test_labels_of_points_do_not_cover_each_other(points):
     for x, y in points:
         box = plot.place_label(x, y, 90, taken).box
         taken += [box] if box else []
-    assert all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
-               for i, a in enumerate(taken) for b in taken[:i])
+    assert all(
+        a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+        for i, a in enumerate(taken)
+        for b in taken[:i]
+    )
 
 
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""
-    driver = pytest.importorskip("selenium.webdriver",
-                                 reason="pip install selenium (requirements-dev.txt)")
+    driver = pytest.importorskip(
+        "selenium.webdriver", reason="pip install selenium (requirements-dev.txt)"
+    )
     paths = shutil.which("chromium"), shutil.which("chromedriver")
     if None in paths:
         pytest.skip("no browser: apt-get install chromium chromium-driver")
@@ -226,10 +279,19 @@ def browser():
     options = driver.ChromeOptions()
     options.binary_location = paths[0]
     with tempfile.TemporaryDirectory() as profile:
-        for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-                     "disable-background-networking", "disable-component-update", "disable-sync",
-                     "force-prefers-reduced-motion", f"user-data-dir={profile}",
-                     "window-size=1200,900"):
+        for flag in (
+            "headless",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-quic",
+            "no-first-run",
+            "disable-background-networking",
+            "disable-component-update",
+            "disable-sync",
+            "force-prefers-reduced-motion",
+            f"user-data-dir={profile}",
+            "window-size=1200,900",
+        ):
             options.add_argument(f"--{flag}")
         window = driver.Chrome(options, Service(paths[1]))
         yield window
@@ -244,8 +306,10 @@ def page(browser, summary, prompts, tmp_path):
 
 
 def numbers(page) -> list[str]:
-    return page.execute_script("return [...document.querySelectorAll('.prompt')]"
-                               ".filter(p => !p.hidden).map(p => p.dataset.n)")
+    return page.execute_script(
+        "return [...document.querySelectorAll('.prompt')]"
+        ".filter(p => !p.hidden).map(p => p.dataset.n)"
+    )
 
 
 def test_a_browser_shows_the_page_without_errors_or_requests(page):
@@ -262,8 +326,11 @@ def test_prompts_are_found_and_sorted(page):
     find.send_keys("\ue00c")  # Escape
     # yields 0, 2, 1 and 2, 1, 2; differences 2, -1, 1
     for key, want in (("y0", "231"), ("y1", "132"), ("d1", "132")):
-        page.execute_script("const sort = document.getElementById('sort');"
-                            "sort.value = arguments[0]; sort.onchange()", key)
+        page.execute_script(
+            "const sort = document.getElementById('sort');"
+            "sort.value = arguments[0]; sort.onchange()",
+            key,
+        )
         assert "".join(numbers(page)) == want, key
     page.find_element("id", "up").click()
     assert "".join(numbers(page)) == "231"
@@ -283,9 +350,11 @@ def test_the_keyboard_alone_opens_a_prompt(page):
 
 def test_systems_and_plots_are_switched_and_controls_are_hidden_at_first(page):
     page.find_element("id", "open").click()
+
     def shown() -> list[bool]:
-        return [page.find_element("css selector", f".system.of{i}").is_displayed()
-                for i in range(4)]
+        return [
+            page.find_element("css selector", f".system.of{i}").is_displayed() for i in range(4)
+        ]
 
     assert shown() == [True, True, False, False]
     page.execute_script("for (const id of ['show0', 'show2']) document.getElementById(id).click()")
