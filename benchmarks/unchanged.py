@@ -163,7 +163,7 @@ def _make_model(folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as in the runs, so that the weights are the same everywhere
     torch.manual_seed(0)
     dialogues = _dialogues()
     tokenizer = _make_tokenizer(dialogues)
@@ -213,9 +213,9 @@ def _draw(name: str, *flags: str, read: str = "preds") -> Run:
     model = "base" if system == "base" else f"checkpoints/{system}/check_{STEPS}"
     output = f"outs/{name.replace('/', '_')}.jsonl"
     argv = ["infer.py", "--max_new_tokens", "12", "--batch_size", "3", "--save_file", output]
-    if "untuned" not in flags:
+    if "untuned" not in flags:  # that mode names its model with another flag
         argv += ["--model_name_or_path", model]
-    if system in ("diffuse", "delia", "spt", "control"):
+    if system in ("diffuse", "delia", "spt", "control"):  # old checkouts need to be told
         argv += ["--method", system]
     return Run(name, [*argv, *flags], output, read)
 
@@ -335,7 +335,7 @@ def main() -> None:
         _write_data(folder)
         _make_model(folder / "base")
         digests = {"base/model": _digest((folder / "base" / "model.safetensors").read_bytes())}
-        with tqdm(runs, unit="run") as bar:
+        with tqdm(runs, unit="run") as bar:  # in order: runs that train come first
             for run in bar:
                 bar.set_postfix_str(run.name)
                 began = time.perf_counter()

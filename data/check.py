@@ -61,6 +61,7 @@ def _check_openings(report: Report, args) -> None:
             [words, round(share, 4)] for words, share in common[:5]]
         for words, share in common:
             if enforced and share > limit:
+                # one violation for all: the place where a reader starts to look
                 first = next(i for i, text in texts if checks.opening(text) == words)
                 report.add(first, "opening",
                            f'{share:.1%} of the {name}s begin with "{words}" '
@@ -72,6 +73,7 @@ def _embed_report(report: Report, embedder) -> None:
     name = Path(report.path).name
     contexts = [row[kind_of(row)] for row in report.rows]
     report.context_vectors = checks.embed(contexts, embedder, f"contexts of {name}")
+    # all rows at once, since the embedder is fastest on full batches; then cut back into rows
     vectors = checks.embed(report.candidates, embedder, f"candidates of {name}")
     ends = np.cumsum([len(row["candidates"]) for row in report.rows])
     report.candidate_vectors = np.split(vectors, ends[:-1])
@@ -208,7 +210,7 @@ def read_flags(argv: list[str] | None) -> Args:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_flags(argv)
-    reports = [read_report(path) for path in args.files]
+    reports = [read_report(path) for path in args.files]  # first: a broken row costs no loading
     embedder = load_embedder()
     judge = _load_judge(args, embedder)
     for report in reports:
@@ -222,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
         _measure_proxy(report, judge, args.limit_proxy)
     _check_contexts_differ(reports, args.max_cosine)  # once all files have their vectors
     for report in reports:
-        _measure(report)
+        _measure(report)  # last, since it counts the violations of all checks
 
     folder = Path(args.plot_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,6 +244,7 @@ def _finish(reports: list[Report]) -> None:
         info(text)
     summary = {"violations": len(violations),
                "files": {report.path: report.figures for report in reports}}
+    # before the failure below: scripts read this line whether or not there are violations
     print(json.dumps(summary, ensure_ascii=False, allow_nan=False), flush=True)
     if violations:
         more = len(violations) - utils.MAX_SHOWN_ERRORS
