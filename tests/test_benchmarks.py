@@ -65,7 +65,8 @@ def test_an_unknown_comparison_is_refused(capsys):
 def test_every_way_to_draw_has_a_run_after_the_one_that_trains_its_model():
     names = [run.name for run in unchanged._all_runs()]
     assert len(set(names)) == len(names)
-    trained = [f"{method}/weights" for method in ("peft", "otm", "diffuse", "delia", "spt", "control")]
+    methods = ("peft", "otm", "diffuse", "delia", "spt", "control")
+    trained = [f"{method}/weights" for method in methods]
     assert [name for name in names if name.endswith("/weights")] == trained
     for name in names:
         system = name.partition("/")[0]
@@ -75,7 +76,7 @@ def test_every_way_to_draw_has_a_run_after_the_one_that_trains_its_model():
 
 
 def test_the_hash_of_a_run_is_the_same_twice_and_another_for_another_seed(tmp_path):
-    """A short run of this checkout on a model that is not trained: texts are hashed, all of them."""
+    """A short run of this checkout on a model that is hardly trained: all texts are hashed."""
     unchanged._write_data(tmp_path)
     unchanged.PRETRAINING_STEPS, steps = 2, unchanged.PRETRAINING_STEPS
     try:
