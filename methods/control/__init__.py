@@ -20,15 +20,15 @@ branch without a prompt has a token.
 Differences from the project's code:
 - Pretrained weights and an adapter; random weights only with --from_scratch (the project's models
   all start from them).
-- Tokens stand first, also where a prompt follows (there they stand after it, where no text of the
-  training data had them).
+- Tokens stand first, also where a prompt follows (there they stand after it, where the training
+  data never had them).
 - Scorer and threshold are the same for training and evaluation; VADER has a neutral band (there
   ties are negative).
-- Unused special tokens of the tokenizer serve, if it has enough, else rows are added; all start at
-  the mean row.
+- Spare special tokens of the tokenizer are used if there are enough of them, else rows are added;
+  all start at the mean row.
 - Control tokens are never generated: their logits are set to -1e9 in any decoding.
 - The learning rate is constant (there a cosine after 1 % of warm-up), and all models get equally
   many updates.
-- All texts of a document are in one split; equal texts stand once; prompts are left-padded and not
-  scored.
+- All texts of a document are in one split; equal texts are kept once; prompts are left-padded and
+  not scored.
 """

@@ -31,6 +31,7 @@ from utils import MISSING, USAGE, fail
 
 Scorer = Callable[[list[str]], list[float]]  # from texts to one score each
 
+# the list also has contractions without their apostrophe, such as dont
 SLANG = frozenset("""
     ain't bc btw cuz dunno gimme gonna gotta haha hahaha hehe hey imma im ive dont kinda lemme lol
     nah nope ok okay omg pls plz sorta thx tho u ur wanna whatcha ya yall y'all yea yeah yep yo
@@ -47,6 +48,8 @@ class Attribute(NamedTuple):
     thresholds: tuple[str, ...]  # numbers, or q0.5 for the median of the data
 
 
+# VADER's authors recommend -0.05 and 0.05 for its compound score. Length and formality have no
+# natural border, so the median of the data parts them.
 ATTRIBUTES = {
     "toxicity": Attribute(("nontoxic", "toxic"), "alt-profanity-check", ("0.5",)),
     "sentiment": Attribute(("neg", "neu", "pos"), "vaderSentiment", ("-0.05", "0.05")),
@@ -69,6 +72,7 @@ def formality(text: str) -> float:
     first = next((c for c in text if c.isalnum()), "a")
     marks = (
         first.isupper() or first.isdigit(),
+        # the marks are a tuple, since "" is in every string and quotes alone would pass
         text.rstrip("\"'”’) ")[-1:] in tuple(".!?"),
         not CONTRACTION.search(text),
         not any(word.casefold().replace("’", "'") in SLANG for word in words),
@@ -90,6 +94,7 @@ def load_scorer(name: str, checkpoint: str | None = None) -> tuple[Scorer, str]:
 
     checkpoint: the model of the scorer detoxify.
     """
+    # a changed rule needs another version than "1": evaluation compares it with the manifest
     if name in RULES:
         return lambda texts: [RULES[name](text) for text in texts], "1"
     if name == "detoxify":
@@ -134,6 +139,7 @@ def value_of(score: float, thresholds: Sequence[float], values: Sequence[str]) -
     """The value of a score; values from low to high, one more than thresholds (one or two)."""
     if score <= thresholds[0]:
         return values[0]
+    # with a single threshold the score is above it here, so there is no value in between
     return values[-1] if score >= thresholds[-1] else values[1]
 
 
@@ -150,14 +156,17 @@ def resolve_thresholds(name: str, given: Sequence[str], scores: Sequence[float])
     """
     values, flag = ATTRIBUTES[name].values, f"--threshold {name}={','.join(given)}"
     try:
+        # method "lower" takes a score that occurs: a median of word counts stays a whole number
         thresholds = [float(np.quantile(scores, float(t[1:]), method="lower"))
                       if t.startswith("q") else float(t) for t in given]
+    # numpy raises the same error for quantiles outside 0 to 1
     except ValueError:
         fail(USAGE, f"{flag} is neither numbers nor quantiles",
              f"such as {name}=0.5 or {name}=q0.9")
     if len(thresholds) != len(values) - 1 or sorted(thresholds) != thresholds:
         fail(USAGE, f"{flag}: {len(values) - 1} rising numbers part {', '.join(values)}")
     labels = {value_of(score, thresholds, values) for score in scores}
+    # the token of a value without texts would never be trained
     empty = [value for value in values if value not in labels]
     if empty:
         fail(USAGE, f"{flag}: no text is {empty[0]}; scores lie in [{min(scores):.3g}, "

@@ -37,9 +37,12 @@ def load_detoxify(checkpoint: str | None, batch_size: int = 64) -> tuple[Scorer,
     def score(texts: list[str]) -> list[float]:
         scores: list[float] = []
         for start in range(0, len(texts), batch_size):
+            # a text that is longer than the classifier's input is judged by its start
             batch = tokenizer(texts[start : start + batch_size], return_tensors="pt",
                               truncation=True, padding=True)
+            # a text may have several labels at once, so each has a sigmoid of its own
             scores += model(**batch).logits[:, places[0]].sigmoid().tolist()
         return scores
 
+    # weights have no version number; their fingerprint tells whether evaluation uses the same
     return score, str(base_fingerprint(folder))

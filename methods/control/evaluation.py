@@ -76,14 +76,17 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     """
     if any("conditions" not in row for rows in systems.values() for row in rows):
         return missing.not_the_methods("the rows have no conditions")
+    # files that cannot be compared are refused before anything is scored
     schema, base = _schema_and_base(sources)
     scores = _score_texts(systems, schema)
+    # all systems are scored at once, so that replies to one prompt share its context
     nats = base_nats(base, systems)
     num_rows = len(next(iter(systems.values())))
     summary = {"schema": schema, "base": base, "rows": num_rows, "systems": {}}
     lines, reference = [], None
     for name, rows in systems.items():
         replies = _read_replies(rows, schema, scores, nats)
+        # conditions are in the schema's order (inference.py), so equal ones have equal keys
         groups: Replies = {}
         for reply in replies:
             groups.setdefault(tuple(reply.condition.items()), []).append(reply)
@@ -139,6 +142,7 @@ def _read_replies(rows: list[dict], schema: dict, scores: dict[str, dict[str, fl
     replies = []
     for number, row in enumerate(rows):
         for condition, text in zip(row["conditions"], row["preds"], strict=True):
+            # a text without letters has no score, and none is made up for it
             of_text = scores.get(text)
             values = None if of_text is None else values_of(of_text, schema)
             nll, tokens = nats[row["prompt"], text]
@@ -167,6 +171,7 @@ def misaligned(values: dict[str, str], condition: dict[str, str]) -> bool:
 def share_by_row(replies: list[Reply], condition: dict[str, str],
                  num_rows: int) -> list[float | None]:
     """Per row the share of scored replies that miss a condition; None for a row without any."""
+    # a row may have several replies, but intervals are over rows, which are independent
     rows: list[list[bool]] = [[] for _ in range(num_rows)]
     for reply in replies:
         if reply.values is not None:
@@ -187,6 +192,7 @@ def effects(replies: Replies, schema: dict, num_rows: int, baseline: list[Reply]
         parts = [{name: value} for name, value in key] if len(key) > 1 else []
         other = opposite(condition, schema)
         against = replies.get(tuple(other.items())) if other else None
+        # replies without a condition cannot miss it
         for measured in [condition, *parts] if condition else []:
             figures = _effect(measured, asked, replies.get(()), against, baseline, num_rows)
             reasons = {name: _why_missing(name, () in replies, other)
@@ -199,6 +205,7 @@ def effects(replies: Replies, schema: dict, num_rows: int, baseline: list[Reply]
 def _effect(measured: dict[str, str], asked: list[Reply], free: list[Reply] | None,
             against: list[Reply] | None, baseline: list[Reply], num_rows: int) -> dict:
     """The six figures of a condition; free: replies without one, against: under its opposite."""
+    # a group that was not drawn counts as rows without replies, which intervals leave out
     unknown = [None] * num_rows
     with_it, without, opposed, first = (
         unknown if group is None else share_by_row(group, measured, num_rows)
@@ -246,6 +253,7 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
         if scored else None
     figures = {
         "shares": shares,
+        # a share only sees scores that cross a threshold, the mean also smaller shifts
         "mean_score": {name: statistics.interval([reply.scores[name] for reply in scored])
                        for name in schema},
         "perplexity": math.exp(nll / tokens) if tokens else None,
@@ -263,6 +271,7 @@ def describe(replies: list[Reply], reference: list[Reply], schema: dict, num_row
 
 def _nats_by_row(replies: list[Reply], num_rows: int) -> list[tuple[float, int]]:
     """Per row the summed nats and tokens of some replies."""
+    # nats and tokens add up over replies, perplexities do not
     totals = [(0.0, 0)] * num_rows
     for reply in replies:
         nats, tokens = totals[reply.row]
@@ -318,6 +327,7 @@ def _quality(summary: dict) -> Table:
     conditions = dict.fromkeys(c for system in systems.values() for c in system["conditions"])
     rows = [[condition, name, *_quality_cells(system["conditions"][condition], schema)]
             for condition in conditions for name, system in systems.items()
+            # a file may lack a condition that another one was drawn under
             if condition in system["conditions"]]
     return Table(f"quality; perplexity under {summary['base']}, against the first model without a "
                  "condition", columns, rows)

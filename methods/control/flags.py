@@ -9,6 +9,8 @@ from flags import non_negative, optional
 from methods.control.tokens import refuse_unknown
 from utils import USAGE, fail
 
+# Learning rate, one epoch and 64 tokens are the project's, which trained all weights of random
+# models. The adapter is ours.
 DEFAULTS = dict(
     learning_rate=5e-4, num_train_epochs=1, max_steps=-1, max_length=64,
     per_device_train_batch_size=16, weight_decay=0.0, lora_r=16, lora_alpha=32.0, lora_dropout=0.0,
@@ -44,10 +46,11 @@ def _read_manifest(args) -> dict:
         fail(USAGE, f"{path} is not a manifest of data/build_control.py",
              "it lies beside the train file; or give --manifest FILE")
     names = list(schema) if args.attributes is None else args.attributes
+    # nargs="+" takes at least one word, so an empty list needs a word of its own
     if names == ["none"]:
         names = []
     refuse_unknown(dict.fromkeys(names), schema, f"--attributes: {path}")
-    # one order, whatever was typed, since tokens stand in it
+    # in the order of the manifest, whatever was typed: the tokens of a text stand in this order
     return {"manifest": str(path), "schema": schema,
             "attributes": [name for name in schema if name in names]}
 
@@ -68,7 +71,7 @@ def add_infer_args(parser) -> None:
                        default=[],
                        help="attribute values of the replies, such as toxicity=nontoxic "
                             "sentiment=pos")
-    # None is no sweep, and no word after the flag a sweep over all attributes
+    # None means no sweep; an empty list, the flag without names, means all attributes
     group.add_argument("--sweep", nargs="*", metavar="NAME[=VALUE,VALUE]",
                        help="every combination of values, and of none, of these attributes "
                             "(default: all that were trained), with --num_response_per_input "
@@ -90,10 +93,11 @@ def check_infer(args) -> None:
     if args.overgenerate or args.decoding not in ("sampling", "greedy", "beam", "diverse"):
         fail(USAGE, "control tokens stand before plain text: no --overgenerate, "
                     "no decoding by asking", "--decoding sampling")
-    # beam search knows no guided trees
+    # beam search ignores the unconditional branches of guided trees
     if args.guidance_scale != 1 and args.decoding not in ("sampling", "greedy"):
         fail(USAGE, f"--guidance_scale does nothing with --decoding {args.decoding}",
              "drop it, or --decoding sampling")
+    # beams grow from a single prompt, and a sweep has one for each combination
     if args.sweep is not None and (args.condition or args.decoding in ("beam", "diverse")):
         fail(USAGE, "--sweep asks for all combinations, so it takes neither --condition nor beams",
              "drop one of them")

@@ -23,6 +23,7 @@ def resolve(args, run: dict) -> dict:
         fail(USAGE, f"--model_name_or_path {args.model_name_or_path} is no checkpoint of "
                     "--method control", "train it with train.py --method control")
     trained = run["args"]
+    # baselines are asked for attributes that they were not trained on, so all are known then
     known = trained["schema"] if args.unknown_attributes else \
         {name: trained["schema"][name] for name in trained["attributes"]}
     where = (f"{args.model_name_or_path} (trained on "
@@ -34,6 +35,7 @@ def resolve(args, run: dict) -> dict:
     replies = len(conditions)
     return {"control_tokens": trained["control_tokens"], "conditions": conditions,
             "applied_conditions": applied, "num_response_per_input": replies, "num_drawn": replies,
+            # beams grow from one prompt, and with beams all replies have the same condition
             "num_branches": 1 if args.decoding in ("beam", "diverse") else replies,
             "test_file": args.test_file or "no prompt", "has_prompts": bool(args.test_file)}
 
@@ -42,12 +44,14 @@ def _conditions(args, known: dict, where: str) -> list[dict[str, str]]:
     """The condition of every reply; exits over attributes and values that are not known."""
     if args.sweep is not None:
         options = {}
+        # an empty list is --sweep without names: all attributes
         for word in args.sweep or known:
             name, _, values = word.partition("=")
             refuse_unknown({name: None}, known, where)
             options[name] = values.split(",") if values else known[name]["values"]
             for value in options[name]:
                 refuse_unknown({name: value}, known, where)
+        # the tokens of the training texts stand in the schema's order
         ordered = {name: options[name] for name in known if name in options}
         return combinations(ordered) * args.num_response_per_input
     condition = dict(word.split("=", 1) for word in args.condition)
@@ -59,7 +63,7 @@ def _conditions(args, known: dict, where: str) -> list[dict[str, str]]:
 def load_rows(args, run: dict) -> list[dict]:
     """Rows with prompt, conditions, applied_conditions (one per reply) and guidance_scale.
 
-    Without --test_file, --limit rows of no prompt.
+    Without --test_file there are --limit rows, or one, with an empty prompt.
     """
     prompts = [""] * (args.limit or 1)
     if args.has_prompts:
@@ -85,6 +89,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     """A branch per reply, each under its own condition; with guidance also without it."""
 
     def prompt(condition: dict[str, str]) -> list[int]:
+        # the tokens come before the prompt, since training never saw them inside a text
         start, text = encode(tokenizer, condition, args.control_tokens, row["prompt"])
         return start + text
 
@@ -95,6 +100,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     root = branch_prompts(prompts, numbers)
     if row["guidance_scale"] == 1:  # the condition alone: the unconditional branch would weigh 0
         return Tree(root)
+    # guidance pairs the branches one by one, so there are as many as under a condition
     uncond = Tree(branch_prompts([prompt({})] * len(prompts), numbers))
     return GuidedTree(root, uncond=uncond, guidance_scale=row["guidance_scale"])
 
@@ -103,6 +109,7 @@ def messages(row: dict, args) -> None:
     """None: messages cannot hold control tokens."""
 
 
+# replies are plain text, without a speaker label or quotes that could be taken off
 clean = str.strip
 finish = defaults.next_is_eval
 talk = defaults.no_talk

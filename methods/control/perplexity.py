@@ -29,10 +29,13 @@ def base_nats(base: str, systems: dict[str, list[dict]]
     nats = {(prompt, ""): (0.0, 0) for prompt in replies}
     forest, names = [], []
     for prompt, texts in replies.items():
+        # replies start as in training, so that those without a prompt have a context, too
         context = start_ids(tokenizer) + _ids(tokenizer, prompt)
         full = [text for text in texts if text]
         for k in range(0, len(full), MAX_BRANCHES):
             part = full[k : k + MAX_BRANCHES]
+            # No end token is scored: a reply that was cut at the token limit has none. The space is
+            # joined before encoding, since " hat" and "hat" are different tokens.
             branches = [Segment(_ids(tokenizer, join(prompt, text)), LIKELIHOOD, branch=i)
                         for i, text in enumerate(part)]
             forest.append(Tree(Segment(context, children=branches)))

@@ -27,8 +27,9 @@ def refuse_unknown(condition: dict[str, str | None], schema: dict, where: str) -
 def assign_tokens(tokenizer, schema: dict) -> dict[str, str]:
     """{attribute=value: token} of a schema, in its order.
 
-    Spare special tokens of the tokenizer serve if there are enough for all, else tokens are added
-    to it. The same tokenizer and schema always give the same tokens, so this may be asked again.
+    Spare special tokens of the tokenizer are used if there are enough for all, else tokens are
+    added to it. The same tokenizer and schema always give the same tokens, so it may be called
+    again.
     """
     names = [f"{name}={value}" for name, labels in schema.items() for value in labels["values"]]
     ids = _added_tokens(tokenizer)
@@ -49,6 +50,7 @@ def start_ids(tokenizer) -> list[int]:
 
     Why twice: see the package's docstring.
     """
+    # bos comes second: SmolLM2's is <|im_start|>, which opens a turn and not a document
     start = _added_tokens(tokenizer).get("<|endoftext|>", tokenizer.bos_token_id)
     return [tokenizer.eos_token_id if start is None else start] * 2
 
@@ -61,6 +63,7 @@ def encode(tokenizer, condition: dict[str, str], control_tokens: dict[str, str],
     """
     wanted = {f"{name}={value}" for name, value in condition.items()}
     tokens = [token for name, token in control_tokens.items() if name in wanted]
+    # the text is encoded apart, so that its ids are the same under every condition and none
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     return start_ids(tokenizer) + tokenizer.convert_tokens_to_ids(tokens), ids
 

@@ -34,6 +34,7 @@ def _check_row(row: dict, schema: dict) -> str | None:
     values = row.get("values")
     if not isinstance(values, dict):
         return 'needs "values", one for each attribute; data/build_control.py writes them'
+    # attributes that are not trained are checked, too: one file serves all models compared
     for name, labels in schema.items():
         if values.get(name) not in labels["values"]:
             return (f'"values": {name} must be one of {", ".join(labels["values"])}, '
@@ -91,6 +92,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
 
 def compute_loss(model, batch: dict, args, step: int) -> tuple[Tensor, dict]:
     """Mean of -log p over all tokens of texts and their ends, in nats."""
+    # the mean is over tokens, as in the project, so long texts count more
     loss = -trees.score(model, batch).mean()
     return loss, {"loss": loss.detach()}
 

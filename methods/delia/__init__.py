@@ -2,9 +2,9 @@
 
 "DELIA", arXiv:2408.10841. Fine-tuning on a narrow task learns the surface of the task. Here N task
 rows are mixed with r * N rows that the model itself wrote in answer to unrelated queries, so that
-what the task alone would bend is held in place. The loss is plain next-token cross-entropy on the
-reply, for both sources. A new token such as <sep> stands in the task's prompts in place of a format
-description; it is never a target and learns through the replies that attend to it.
+training does not bend everything towards the task. The loss is plain next-token cross-entropy on
+the reply, for both sources. A new token such as <sep> stands in the task's prompts in place of a
+format description; it is never a target and learns through the replies that attend to it.
 
     infer.py --method delia --self_sample    queries -> the model's own answers, the cache
     train.py --method delia                  task rows + r * task rows of the cache -> check_N

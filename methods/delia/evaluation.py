@@ -28,7 +28,7 @@ the training set; such rows count in `transfer` alone).
 |                   |           | format, and the nearest tokens                                   |
 
 Intervals are 95 %: Wilson for shares, else bootstrap over rows (for differences and balanced
-figures within groups of rows). The figures from token_nll on are the model's, probabilities.py.
+figures within groups of rows). The figures from token_nll on need the model (probabilities.py).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from scoring.evaluated import DASH, Evaluated, Figure, Table, with_interval
 SHOWN = ("ratio", "follow", "leak", "leak_negated", "leak_silent", "follow_minus_leak", "accuracy",
          "balanced_accuracy", "macro_f1", "verdict_accuracy", "verdict_balanced_accuracy",
          "verdict_macro_f1", "unread", "cut", "token_nll", "token_nll_before", "reply_nll")
+# parts of a figure, as (figure, part); the figure itself is None where it is undefined
 NESTED = (("retention", "nll"), ("retention", "change"), ("transfer", "follow_minus_leak"),
           ("transfer", "accuracy"), ("difference", "follow_minus_leak"),
           ("difference", "balanced_accuracy"))
@@ -90,6 +91,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     summary, lines = {"systems": {}}, []
     for name, rows in systems.items():
         unseen, seen = _by_phrasing(rows)
+        # phrasings of the training set would flatter the figures, so they count in transfer alone
         figures, reasons = reply_figures(unseen)
         figures["transfer"] = transfer(unseen, seen)
         if figures["transfer"] is None:
@@ -110,9 +112,11 @@ def _why_not(systems: dict[str, list[dict]]) -> str | None:
     for name, rows in systems.items():
         if any("asks_format" not in row for row in rows):
             return f"the rows of {name} do not say whether they ask for the format"
+        # read_systems pads all rows of a file to one length, so the first row is enough
         if len(rows[0]["preds"]) != 1:
             return (f"{name} has {len(rows[0]['preds'])} replies a row, these figures read one "
                     "(infer.py --num_response_per_input 1)")
+        # without one of the two kinds, follow or leak would be undefined
         if {row["asks_format"] for row in _by_phrasing(rows)[0]} != {True, False}:
             return (f"{name} needs rows that ask for the format and rows that do not, under unseen "
                     "phrasings (data/delia/test.jsonl has both)")
@@ -138,10 +142,12 @@ def _lines(name: str, rows: list[dict]) -> list[dict]:
 
 def verdicts(rows: list[dict]) -> Verdicts:
     parsed = [read_format(row["preds"][0]) for row in rows]
+    # where the format is asked for, a right verdict in prose is still a wrong answer
     read = [label or (None if row["asks_format"] else read_prose(row["preds"][0]))
             for row, label in zip(rows, parsed, strict=True)]
     labels = ([row["label"] for row in rows], parsed, read)
     flags = ([row["asks_format"] for row in rows], [row["negated"] for row in rows])
+    # in an array of strings, None would become the text "None"
     return Verdicts(*(np.array(column, dtype=object) for column in labels),
                     *(np.array(column, dtype=bool) for column in flags))
 
@@ -161,6 +167,7 @@ def reply_figures(rows: list[dict]) -> tuple[dict, dict[str, str]]:
     figures = {
         "rows": len(rows), "follow": share(asks), "leak": share(rest),
         "leak_negated": share(v.negated), "leak_silent": share(rest & ~v.negated),
+        # how many rows ask for the format is decided by the data set, so it is not resampled
         "follow_minus_leak": statistics.bootstrap_within(
             _minus, v.formatted[asks], v.formatted[rest]),
         **label_figures(v.truth[asks], v.parsed[asks]),
@@ -176,7 +183,8 @@ def label_figures(truth: np.ndarray, answers: np.ndarray) -> dict:
     """accuracy, balanced_accuracy and macro_f1 with intervals, and `majority`, the same scores of
     always saying the more frequent label.
 
-    Balanced figures are resampled within each label, since their frequencies are the data's design.
+    Balanced figures are resampled within each label: how often a label occurs is a choice of the
+    data set.
     """
     codes, groups = by_label(truth, answers)
     most = max(LABELS, key=lambda label: (truth == label).sum())
@@ -184,6 +192,7 @@ def label_figures(truth: np.ndarray, answers: np.ndarray) -> dict:
     # scikit-learn takes 2 ms a call, too long for 2,000 resamples: these come from counts
     balanced = statistics.bootstrap_within(mean_of_means, *groups)
     macro_f1 = statistics.bootstrap_within(macro_f1_of_codes, *codes)
+    # means are from scikit-learn, so only the intervals rest on our own formulas
     return {
         "accuracy": statistics.share_interval(int((truth == answers).sum()), len(truth)),
         "balanced_accuracy": balanced | {"mean": statistics.balanced_accuracy(truth, answers)},
@@ -196,6 +205,7 @@ def label_figures(truth: np.ndarray, answers: np.ndarray) -> dict:
 def by_label(truth: np.ndarray, answers: np.ndarray) -> tuple[list[list[int]], list[np.ndarray]]:
     """The rows of each true label: coded answers, and for labels that occur, which are right."""
     codes = [[_code(answer) for answer in answers[truth == label]] for label in LABELS]
+    # as in scikit-learn, a label without rows is left out here, but counts as 0 in macro-F1
     right = [answers[truth == label] == label for label in LABELS if (truth == label).any()]
     return codes, right
 
@@ -210,7 +220,7 @@ def _minus(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def mean_of_means(*groups: np.ndarray) -> float:
-    """The balanced accuracy, from which rows of each label are right."""
+    """Balanced accuracy: the mean over labels of the share of right rows (1.0 right, 0.0 wrong)."""
     return float(np.mean([group.mean() for group in groups]))
 
 
@@ -220,6 +230,7 @@ def macro_f1_of_codes(*codes: np.ndarray) -> float:
     # the column of unread answers is cut off: they are false negatives, and positives of no label
     confusion = np.array([np.bincount(np.asarray(answers, dtype=int), minlength=kinds)
                           for answers in codes])[:, : len(LABELS)]  # (truth, answer)
+    # F1 = 2 TP / (rows of the label + answers that name it); at least 1, so that 0 / 0 gives 0
     sizes = np.array([len(answers) for answers in codes])
     return float(np.mean(2 * np.diag(confusion) / np.maximum(1, sizes + confusion.sum(0))))
 
@@ -248,6 +259,7 @@ def question_of(row: dict) -> tuple[str, bool, bool]:
 
     The text before the sentence, and what kind of sentence it is.
     """
+    # in data/delia the instruction sentence is the last paragraph of every prompt
     return row["prompt"].rpartition("\n\n")[0], row["asks_format"], row["negated"]
 
 
@@ -255,6 +267,7 @@ def difference(rows: list[dict], baseline: list[dict]) -> dict[str, Figure]:
     """This system minus the baseline on the same rows, paired."""
     a, b = verdicts(rows), verdicts(baseline)
     follows, right = a.formatted - b.formatted, a.is_right - b.is_right
+    # balanced accuracy is a mean over labels, and so is the difference of two of them
     of_labels = [right[a.asks & (a.truth == label)] for label in LABELS]
     return {"follow_minus_leak": statistics.bootstrap_within(
                 _minus, follows[a.asks], follows[~a.asks]),
@@ -278,6 +291,7 @@ def tables(summary: dict) -> list[Table]:
         label = f"minus {first}" if group == "difference" else group
         lines.append((f"{label}: {name.replace('_', ' ')}",
                       [system[group] and system[group][name] for system in systems.values()]))
+    # a figure that no system has would be a line of dashes
     rows = [[label, *map(_text, values)] for label, values in lines
             if any(value is not None for value in values)]
     return [Table(title, ["figure", *systems], rows, _notes(systems))]

@@ -8,6 +8,8 @@ from pathlib import Path
 from flags import many, non_negative
 from utils import USAGE, fail
 
+# The learning rate, batch and adapter of the published README run. Its 100 updates between
+# checkpoints are 400 micro-batches here, since 4 of them make an update.
 PUBLISHED = dict(
     learning_rate=2e-4, lr_warmup_steps=25, weight_decay=0.01, num_train_epochs=1, max_steps=-1,
     per_device_train_batch_size=16, gradient_accumulation_steps=4, save_steps=400, max_length=2048,
@@ -57,6 +59,7 @@ def check_train(args) -> None:
         if not token.strip() or token != token.strip() or args.new_tokens.count(token) > 1:
             fail(USAGE, f"--new_tokens {json.dumps(token)}: a token must have text, "
                         "no space at its ends, and stand once")
+    # elsewhere a description only serves eval.py, where one may stand for all tokens
     count, described = len(args.new_tokens), len(args.token_description)
     if args.token_init == "description" and count != described:
         fail(USAGE, "--token_init description needs a --token_description for each of "
@@ -72,6 +75,7 @@ def add_infer_args(parser) -> None:
                        help="--test_file has queries with reference answers: write the model's own "
                             "answers, the diverse rows of train.py (sampling, temperature "
                             f"{TEMPERATURE}, top_p {TOP_P}, as published)")
+    # this runs before infer.py's own derivations, which fill in its general defaults
     parser.derive(_published_sampling)
 
 
@@ -90,8 +94,10 @@ def check_infer(args) -> None:
     if args.decoding != "sampling" or args.overgenerate:
         fail(USAGE, "--self_sample draws from the model as it is",
              "drop --decoding and --overgenerate")
-    # the draws go into a file beside it, so that nobody else looks whether the cache is there
+    # infer.py itself only refuses to overwrite the file that it writes, which is X.draws.jsonl
+    # beside the cache, so the cache is looked for here
     cache = Path(args.save_file)
+    # the names of the draws and of the manifest are made from this one
     if cache.suffix != ".jsonl":
         fail(USAGE, f"--save_file {cache} must end in .jsonl", f"{cache.with_suffix('.jsonl')}")
     if cache.exists() and not args.resume:

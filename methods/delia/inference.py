@@ -18,9 +18,11 @@ def resolve(args, run: dict) -> dict:
     """
     if run["method"] != "base":
         defaults.same_method(args, run)
+    # infer.py names one file in its messages and settings, so test_file joins the names
     files = {"test_files": args.test_file, "test_file": " ".join(args.test_file)}
     if not args.self_sample:
         return files
+    # draws are appended row by row and can be resumed; the cache is made of them as a whole
     return files | {"save_file": str(Path(args.save_file).with_suffix(".draws.jsonl"))}
 
 
@@ -29,6 +31,7 @@ def load_rows(args, run: dict) -> list[dict]:
     check = self_sampling.check_query if args.self_sample else check_messages
     rows = [row for path in args.test_files for row in utils.read_jsonl(path, check)][: args.limit]
     if not args.self_sample:
+        # rows are compared by their prompt (utils.row_hash), here as in training
         return [row | {"prompt": row["messages"][-2]["content"]} for row in rows]
     return [{"prompt": row["query"], "answer": row["answer"],
              "messages": self_sampling.reanswer_messages(row["query"], row["answer"])}
@@ -43,6 +46,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     prompt = encode(tokenizer, context_of(row))
     if len(prompt) > args.max_length - args.max_new_tokens:
         return None
+    # without numbers of their own, equal prompts would become a single branch
     numbers = list(range(1, args.num_branches + 1))
     return Tree(branch_prompts([prompt] * args.num_branches, numbers))
 

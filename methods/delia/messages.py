@@ -41,11 +41,13 @@ def check_messages(row: dict) -> str | None:
             return f'field "messages": turn {number} is empty'
     roles = [turn["role"] for turn in messages]
     first = 1 if roles[0] == "system" else 0
+    # many chat templates raise an error where the roles do not alternate
     for place, role in enumerate(roles[first:]):
         expected = ("user", "assistant")[place % 2]
         if role != expected:
             return (f'field "messages": turn {first + place + 1} is by {json.dumps(role)}, '
                     f"its place is the {expected}'s")
+    # the loop also accepts a last turn by the user, which leaves nothing to learn
     if roles[-1] != "assistant":
         return 'field "messages": the assistant\'s turn is missing at the end'
     return None
@@ -64,6 +66,7 @@ def check_tokens(row: dict, new_tokens: list[str], strict: bool) -> str | None:
                 return (f"turn {number} mentions {unknown[0]}, which is none of --new_tokens "
                         f"{' '.join(new_tokens) or '(none given)'}")
         else:
+            # the model that wrote the cache did not know the token, so it means nothing there
             mentioned = [token for token in new_tokens if token in turn["content"]]
             if mentioned:
                 return (f"turn {number} mentions {mentioned[0]}, a new token; "
@@ -79,6 +82,7 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
     try:
         return encode_messages(tokenizer, messages)
     except TemplateError:  # raise_exception in the template, as Gemma's does over a system turn
+        # without a system turn, the template objects to something else
         if messages[0]["role"] != "system":
             raise
         system, first, *rest = messages
@@ -88,5 +92,6 @@ def encode(tokenizer, messages: list[dict]) -> list[int]:
 
 def context_of(row: dict) -> list[dict]:
     """The turns before the reply."""
+    # test rows end with their reference reply, queries of self-sampling with the user's turn
     messages = row["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -40,6 +40,7 @@ def is_held_out(row: dict) -> bool:
 
     The query's hash alone decides, so a query is held out at any ratio, seed and order of the file.
     """
+    # the hash is of the query alone, so all answers to a query are held out together
     return int(utils.row_hash(row), 16) % 10 == 0
 
 

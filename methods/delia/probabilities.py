@@ -1,4 +1,4 @@
-"""What a model's own probabilities say: of new tokens, of reference replies, of old answers."""
+"""What a model's probabilities say about new tokens, reference replies and held-out answers."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def sequence_logps(model, sequences: list[Sequence]) -> list[np.ndarray]:
 
     The first token has none before it and is never scored.
     """
+    # a tree needs a context, and nothing predicts the first token, so that token is the context
     forest = [Tree(Segment(ids[:1], children=[
         Segment(ids[1:], LIKELIHOOD, [float(is_chosen) for is_chosen in chosen[1:]])]))
         for ids, chosen in sequences]
@@ -44,6 +45,8 @@ def mean_nlls(model, sequences: list[Sequence]) -> list[float]:
 
 def token_sequences(rows: list[dict], tokenizer, new_tokens: list[str]) -> list[Sequence]:
     """The prompts that mention a new token, with its places chosen."""
+    # The prompt is scored here, which training masks. The published recorder uses the masked
+    # labels, finds no such token and logs nan.
     ids_of_tokens = set(tokenizer.convert_tokens_to_ids(new_tokens))
     prompts = [messages.encode(tokenizer, messages.context_of(row)) for row in rows]
     return [(ids, [i in ids_of_tokens for i in ids]) for ids in prompts if ids_of_tokens & set(ids)]
@@ -133,13 +136,16 @@ def model_figures(rows: list[dict], sources, name: str, before: BeforeTraining,
     except NoModel as error:
         return figures, dict.fromkeys(FIGURES, str(error))
     settings, base = run["args"], run["base_model"]
+    # the references of the other rows are prose, which says nothing about the token
     asking = [row for row in rows if row["asks_format"]]
+    # this is the ratio asked for; run.json has the counts, num_task_rows and num_diverse_rows
     figures["ratio"] = settings.get("diverse_ratio")
     figures["reply_nll"] = statistics.interval(
         mean_nlls(model, reply_sequences(asking, tokenizer)))
     if new_tokens := settings.get("new_tokens"):
         figures["token_nll"] = statistics.interval(
             mean_nlls(model, token_sequences(rows, tokenizer, new_tokens)))
+        # a single description, such as the default, stands for all tokens
         descriptions = settings["token_description"]
         figures["neighbours"] = {
             token: embedding_figures(model, tokenizer, token,
@@ -167,10 +173,11 @@ def embedding_figures(model, tokenizer, token: str, description: str) -> dict:
     """Where a token's input embedding lies.
 
     description: its cosine with the mean embedding of the tokens of that text.
-    less_like_description: the share of the vocabulary that is less like the description than it.
+    less_like_description: the share of the vocabulary whose cosine with that text is lower.
     norm_ratio: its length over the mean length. nearest: [[token, cosine], ...], nearest first.
     """
     table = model.get_input_embeddings()
+    # the layer is called, since PEFT keeps a low-rank update beside the matrix itself
     matrix = table(torch.arange(len(tokenizer), device=model.device)).float()  # (V, D)
     index = tokenizer.convert_tokens_to_ids(token)
     described = matrix[tokenizer(description, add_special_tokens=False)["input_ids"]].mean(0)

@@ -33,9 +33,11 @@ def read_format(reply: str) -> str | None:
     """
     reply = reply.strip()
     try:
+        # two labels in one object are no answer; json alone would keep the last one
         answer = json.loads(reply, object_pairs_hook=utils.unique_keys)
     except (ValueError, RecursionError):
         return None
+    # JSON itself allows line breaks between keys, but one line is what the task asks for
     if "\n" in reply or not isinstance(answer, dict) or set(answer) != {"thought", "label"}:
         return None
     thought, label = answer["thought"], answer["label"]
@@ -46,10 +48,11 @@ def read_format(reply: str) -> str | None:
 def read_prose(reply: str) -> str | None:
     """The verdict of a reply in words, or None.
 
-    "No error" means correct; any other word of fault means error, also beside words of praise.
+    "No error" means correct; any other word of fault means error, even next to words of praise.
     """
     # Denied faults are cut out first, else "there is no error" would hold the word "error".
     rest, num_denied = SAYS_NO_FAULT.subn(" ", reply)
+    # faults come before praise: "not quite right" and "right, but with one error" are errors
     if SAYS_ERROR.search(rest):
         return "error"
     return "correct" if num_denied or SAYS_CORRECT.search(rest) else None

@@ -31,6 +31,7 @@ def reanswer_messages(query: str, answer: str) -> list[dict]:
 
     They show the query with its reference answer as an example, and then ask the query again.
     """
+    # a good answer is shown first, so that the model puts a right one into its own words
     turns = [("system", SYSTEM), ("user", query), ("assistant", answer), ("user", query)]
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -48,9 +49,11 @@ def write_cache(draws_file: Path, summary: dict, run: dict, args) -> None:
         "engine": args.engine, "temperature": args.temperature, "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
         "num_response_per_input": args.num_response_per_input, "seed": args.seed}
+    # weights is what training compares with its own base (mixing.check_author)
     model = {name: run.get(name) for name in ("method", "base_model", "base_sha256", "weights")}
     manifest = {"kind": "self-samples", **model, "queries": args.test_file, "settings": settings,
                 "counts": counts, "versions": utils.versions()}
+    # the manifest comes last: without one, training refuses a cache of which the rest is there
     utils.atomic_write(cache.with_suffix(".json"), json.dumps(manifest, indent=1))
     counted = ", ".join(f"{number} {name}" for name, number in counts.items())
     print(f"{cache}: {counted}; manifest {cache.with_suffix('.json')}\n"

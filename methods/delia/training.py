@@ -25,14 +25,17 @@ def load_rows(args) -> list[dict]:
     task = read_messages(args.train_file, args.new_tokens, strict=True)[: args.limit]
     # after --limit: a token must stand in a row that is trained on
     text = json.dumps([row["messages"] for row in task], ensure_ascii=False)
+    # both sides are JSON, so a quote or backslash in a token is escaped in both
     unused = [token for token in args.new_tokens
               if json.dumps(token, ensure_ascii=False)[1:-1] not in text]
     if unused:
         fail(USAGE, f"--new_tokens {unused[0]}: no row of {args.train_file} mentions it",
              "a token learns from rows that hold it")
     cache = mixing.read_cache(args.diverse_file, args.new_tokens) if args.diverse_file else []
+    # at ratio 0, the control run, a cache may be named but no row of it is trained on
     if args.diverse_ratio and not args.allow_foreign_cache:
         mixing.check_author(args.diverse_file, args.model_name)
+    # the paper's code cuts the fraction off, and is silent where the cache is too small
     count = round(len(task) * args.diverse_ratio)
     if count > len(cache) and not (args.oversample and cache):
         fail(USAGE, f"--diverse_ratio {args.diverse_ratio:g} wants {count} diverse rows for "
@@ -76,6 +79,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
     """The turns before the reply, and the reply with its end token; None if they do not fit."""
     *context, reply = row["messages"]
     prompt = encode(tokenizer, context)
+    # the reply is encoded apart, since inference encodes the prompt without it
     ids = tokenizer(reply["content"], add_special_tokens=False)["input_ids"]
     ids = [*ids, end_of_turn(tokenizer)]
     if len(prompt) + len(ids) > args.max_length:
@@ -95,6 +99,7 @@ def compute_loss(model, batch: dict, args, step: int):
     row, num_rows = batch["row"], batch["num_rows"]
     # every row has its end token, so no count is 0
     counts = trees.sum_by_row(logps.new_ones(len(row)), row, num_rows)
+    # each row has a mean of its own: in one over all tokens, long replies would dominate
     losses = trees.sum_by_row(-logps, row, num_rows) / counts
     is_task = trees.sum_by_row((batch["branch"] == TASK).to(losses), row, num_rows) > 0
     loss = losses.mean()
@@ -118,6 +123,7 @@ save = defaults.save_adapter
 def _embedding_names(model) -> list[str]:
     """The names of the input embedding and, where it is another matrix, of the output embedding."""
     layers = [model.get_input_embeddings()]
+    # a tied output matrix is the same matrix, whose rows are trained once
     if model.get_output_embeddings().weight is not layers[0].weight:
         layers.append(model.get_output_embeddings())
     return [name.rpartition(".")[2] for layer in layers

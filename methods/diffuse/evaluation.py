@@ -51,18 +51,21 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
 
     systems: {name: rows with prompt, targets, weights, eos and preds}.
     """
+    # read_systems has made sure that all files hold the same rows
     first_rows = next(iter(systems.values()))
     if "targets" not in first_rows[0]:
         return missing.not_the_methods("the rows have no targets")
     summary, lines = {"systems": {}}, []
     for name, rows in systems.items():
         exact, no_model = _exact_figures(rows, sources, name)
-        # infer.py --split all draws from training requests, too; a file of others has no such rows
+        # Training requests are in files of infer.py --split all (default) or train. Without them,
+        # as with --split test, no target counts as seen, and unseen_valid equals valid.
         seen = {t for row in rows if row.get("split") == "train" for t in row["targets"]}
         figures = [sample_figures(row, seen) | of_model
                    for row, of_model in zip(rows, exact, strict=True)]
         reasons = [{column: _why_missing(column, row, no_model) for column in COLUMNS
                     if of_row[column] is None} for row, of_row in zip(rows, figures, strict=True)]
+        # lists with an entry for every target are too long for the summary; the lines have them
         shown = [{key: value for key, value in of_row.items() if key not in ("counts", "logps")}
                  | {"reasons": why} for of_row, why in zip(figures, reasons, strict=True)]
         summary["systems"][name] = {
@@ -80,6 +83,7 @@ def _plots(rows: list[dict], lines: list[dict]) -> dict[str, bytes]:
     plots = {}
     for i, (label, row) in enumerate(zip(_labels(rows), rows, strict=True)):
         if row["targets"]:  # every system has the same rows
+            # lines stand system by system, so a step of len(rows) stays with one request
             plots[f"_plots/{label.replace('/', '_')}.png"] = plot(lines[i :: len(rows)])
     return plots
 
@@ -100,11 +104,12 @@ def target_logps(model, tokenizer, row: dict) -> np.ndarray:
     tree = distribution_tree(row, tokenizer, [1.0] * count)
     scored, = trees.score_forest(model, [tree], MAX_TOKENS)
     branch, sums = scored.leaf_sums()  # leaves come in the order of the trie
+    # different prefixes make different texts, so their probabilities add up
     return sums[branch.argsort()].view(count, prefixes).logsumexp(1).numpy()
 
 
 def _exact_figures(rows: list[dict], sources, name: str) -> tuple[list[dict], str | None]:
-    """Per row kl, tv, outside and the targets' logps, None where there are none, and why if so."""
+    """Per row kl, tv, outside and the targets' logps; without a model all None, and the reason."""
     unknown = dict.fromkeys((*EXACT, "logps"))
     try:
         model, tokenizer, _ = sources.model(name)
@@ -132,12 +137,14 @@ def find_answer(reply: str, targets: list[str], eos: bool = True) -> str | None:
     it starts with, if any.
     """
     reply = reply.strip()
+    # this holds without targets, too: requests of open lists also ask for braces
     if all("\n".join(BRACES.findall(target)) == target for target in targets):
         groups = BRACES.findall(reply)
         # a model that goes on after its answer has still given it
         count = len(BRACES.findall(targets[0])) if targets else len(groups)
         return "\n".join(groups[:count]) if groups and len(groups) >= count else None
     if not eos:
+        # where no end was learnt, the model goes on writing after its answer
         return next((target for target in targets if reply.startswith(target)), reply or None)
     return reply or None
 
@@ -145,6 +152,7 @@ def find_answer(reply: str, targets: list[str], eos: bool = True) -> str | None:
 def sample_figures(row: dict, seen: set[str]) -> dict:
     """The figures of a row's replies; seen: the targets of the requests that were trained on."""
     pairs = zip(row["targets"], row["weights"], strict=True)
+    # a target of weight 0 should never be said, so it counts as no target
     wanted = {target: weight for target, weight in pairs if weight > 0}
     read = [find_answer(reply, list(wanted), row["eos"]) for reply in row["preds"]]
     answers = Counter(answer for answer in read if answer is not None)
@@ -227,7 +235,9 @@ def tables(summary: dict) -> list[Table]:
              for note in missing.notes(name, system["reasons"])]
     shown = [_table(title, "prompts", systems)]
     if any(len(system["prompts"]) > 1 for system in systems.values()):
+        # with a single prompt the means would repeat the table above
         shown.append(_table("means over the prompts of a task", "tasks", systems))
+    # the notes are about both tables, so they stand below the last one
     return [*shown[:-1], shown[-1]._replace(notes=notes)]
 
 

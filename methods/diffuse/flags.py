@@ -17,6 +17,8 @@ from flags import (
 from training.flags import add_training_args
 from utils import USAGE, fail, info
 
+# These are the values of the paper's code, with PEFT's default alpha. All published configs ask
+# for 50 passes; the default of the code itself is 10,000.
 PUBLISHED = dict(
     learning_rate=5e-5, adam_epsilon=1e-5, weight_decay=0.01, max_grad_norm=1.0,
     num_train_epochs=50, max_steps=-1, lora_r=4, lora_alpha=8.0, lora_dropout=0.0,
@@ -27,6 +29,7 @@ PUBLISHED = dict(
 def add_train_args(parser: FlagParser) -> None:
     """Prompt files, early stopping, and sampling after training."""
     parser.set_defaults(**PUBLISHED)
+    # the published YAML configs use these names
     add_alias(parser, "model_name", "--model")
     add_alias(parser, "num_train_epochs", "--n_iters")
     add_alias(parser, "train_file", "--train_prompts", nargs="+",
@@ -42,6 +45,7 @@ def add_train_args(parser: FlagParser) -> None:
     group.add_argument("--early_stop", action="store_true",
                        help="stop when every prompt's loss is at most (1 + gamma) times the "
                             "entropy of its targets")
+    # the paper stops within 20 % of the minimum
     group.add_argument("--gamma", type=non_negative, default=0.2,
                        help="see --early_stop (default: %(default)s)")
     group.add_argument("--load_model", action="store_true",
@@ -50,6 +54,7 @@ def add_train_args(parser: FlagParser) -> None:
                        help="check_N folder, or a run's folder: its newest checkpoint")
     group.add_argument("--generate", action="store_true",
                        help="sample all prompts after training, as infer.py --mode lora does")
+    # the paper counts coverage among 1,000 replies
     group.add_argument("--n_generations", type=positive_int, default=1000,
                        help="with --generate: replies per prompt (default: %(default)s)")
     group.add_argument("--max_new_tokens", type=positive_int, default=50,
@@ -116,10 +121,12 @@ def add_infer_args(parser: FlagParser) -> None:
     group.add_argument("--exp_name", default="diffuse",
                        help="the run's folder; its newest checkpoint is used "
                             "(default: %(default)s)")
+    # one config serves both scripts: keys that only train.py knows are skipped, not refused
     training = FlagParser(prog="train.py")
     add_training_args(training, "diffuse")
     add_train_args(training)
     parser.ignored = {*SECTIONS, *config_names(training)}
+    # the order matters: the model is looked for in the run's folder
     parser.derive(name_run)
     parser.derive(_resolve_model)
 
@@ -145,6 +152,7 @@ def check_infer(args) -> None:
     if args.mode is None:
         fail(USAGE, "--method diffuse needs --mode",
              "untuned: the model as it is; lora: the checkpoint of the run")
+    # a server's model is named by --engine, so the flags below do not matter
     if args.engine != "hf":
         return
     if args.mode == "untuned" and args.model_name_or_path != args.model_name:

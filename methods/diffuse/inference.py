@@ -14,10 +14,12 @@ from utils import USAGE, fail, info
 
 def resolve(args, run: dict) -> dict:
     """How many replies share a prefill, and what the prompts are called in messages."""
+    # an untuned model has the method base, but may be sampled all the same
     if args.mode != "untuned":
         defaults.same_method(args, run)
     values = {"test_file": args.test_file or " ".join(args.train_file + args.test_prompts)}
     if args.decoding == "sampling":
+        # a thousand branches would fill the memory; the rest is drawn in further turns
         values["num_branches"] = min(args.num_drawn, args.n_batch_size)
     return values | {"named_prompts": not args.test_file}
 
@@ -26,6 +28,7 @@ def load_rows(args, run: dict) -> list[dict]:
     """The prompts to sample, with `mode` and, where they are prompt files, `split`."""
     if args.named_prompts:
         train, test = read_prompts(args)
+        # a list times False is empty: --split test leaves the training prompts out
         rows = [row | {"split": "train"} for row in train] * (args.split != "test")
         rows += [row | {"split": "test"} for row in test] * (args.split != "train")
         if not rows:
@@ -52,6 +55,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
 
 def messages(row: dict, args) -> list[str]:
     """The same as a user message."""
+    # one message stands for all replies, so that a server can give them in one call
     return [build_prompt(row)]
 
 
@@ -67,6 +71,7 @@ def next_command(args, checkpoint: Path) -> list[str]:
     for flag, task in (("--leave_out", args.leave_out), ("--leave_in", args.leave_in)):
         if task:
             prompts += [flag, task]
+    # these flags name the run, not the checkpoint: infer.py finds its newest one
     return ["--method", "diffuse", *prompts, "--mode", "lora", "--output_dir", args.output_dir,
             "--exp_name", args.exp_name, "--n_generations", str(args.n_generations),
             "--max_new_tokens", str(args.max_new_tokens)]

@@ -18,6 +18,7 @@ def plot(lines: list[dict]) -> bytes:
     model's probabilities are known, logps and kl. Else bars are the targets' shares of the replies.
     """
     targets, weights = lines[0]["targets"], lines[0]["weights"]
+    # bars fill 0.8 of a target's place, so that neighbouring targets stand apart
     x, width = np.arange(len(targets)), 0.8 / len(lines)
     size = (min(16, max(5, len(targets) * 0.35)), 4)
     figure = Figure(figsize=size, layout="constrained")
@@ -26,9 +27,11 @@ def plot(lines: list[dict]) -> bytes:
         heights, source = _bars(line)
         place = x - 0.4 + (i + 0.5) * width
         axes.bar(place, heights, width, label=f"{line['system']} ({source})")
+    # "pre" draws each height to the left of its edge; that of the first edge is never seen
     edges = [-0.5, *(x + 0.5)]
     axes.step(edges, [weights[0], *weights], where="pre", color="black", label="target")
     if len(targets) <= MAX_LABELS:
+        # the first line is enough to name a target of several lines
         labels = [_escape(target.strip("{}").split("\n")[0][:24]) for target in targets]
         axes.set_xticks(x, labels, rotation=90 if len(targets) > MAX_UPRIGHT else 0)
     axes.set_ylabel("probability")

@@ -18,6 +18,7 @@ def add_train_args(parser: FlagParser) -> None:
                             "(default: 4, oto 1)")
     group.add_argument("--max_pos_number", type=positive_int, default=9,
                        help="possibility numbers are drawn from 1..M (default: %(default)s)")
+    # n replies have n (n - 1) such pairs, so 50 only cuts where there are 8 replies or more
     group.add_argument("--max_num_negatives_per_sample", type=natural, default=50,
                        help="wrong (number, reply) pairs per context at most "
                             "(default: %(default)s)")
@@ -30,6 +31,7 @@ def add_train_args(parser: FlagParser) -> None:
     group.add_argument("--no_ul", action="store_true",
                        help="no unlikelihood, and no number unless --numbered_prompts is given "
                             "(as published)")
+    # the paper's code ties the number to --no_ul, so it cannot test the number alone
     group.add_argument("--numbered_prompts", "--number", action=BooleanOptionalAction,
                        help="put the possibility number into the prompt (default: unless --no_ul)")
     group.add_argument("--likelihood_only_steps", "--warmup_steps", type=int, default=-1,
@@ -46,6 +48,7 @@ def _resolve_method(args) -> dict:
     numbered = not no_ul if args.numbered_prompts is None else args.numbered_prompts
     replies = args.num_response_per_input or (1 if args.method == "oto" else 4)
     method = args.method
+    # without a number in the prompt, the rows are those of one-to-many training
     if method == "peft" and not numbered:
         method = "otm"
     if method == "otm" and replies == 1:

@@ -13,6 +13,7 @@ from trees import Tree, branch_prompts
 def resolve(args, run: dict) -> dict:
     """The largest possibility number that the model has seen."""
     defaults.same_method(args, run)
+    # base models and servers have no run.json; 9 is the published number
     return {"max_pos_number": run["args"].get("max_pos_number", 9)}
 
 
@@ -22,6 +23,7 @@ prepare_rows = defaults.rows_as_they_are
 
 def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     """A row's context with num_branches prompts: a number each for peft, else the same prompt."""
+    # the last argument adds a length hint, which only an untuned model needs
     prompts, dropped = fit_prompts(
         row, _numbers(args), tokenizer, args.max_input_length,
         args.max_length - args.max_new_tokens, args.method == "base")
@@ -32,6 +34,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
 
 def messages(row: dict, args) -> list[str]:
     """The same prompts as user messages."""
+    # only words can be limited here: a server does not say how it counts tokens
     turns = keep_latest(label_turns(row["context"]), args.max_input_length) \
         if "context" in row else None
     return [build_prompt(row, number, args.method == "base", turns) for number in _numbers(args)]
@@ -42,6 +45,7 @@ def _numbers(args) -> list[int | None]:
 
     A number beyond the largest trained one would be a word that the model never saw there.
     """
+    # numbers start again only when all are used: under one number, replies are mere samples
     return [i % args.max_pos_number + 1 if args.method == "peft" else None
             for i in range(args.num_branches)]
 

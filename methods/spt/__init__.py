@@ -20,8 +20,8 @@ prompt tuning (Lester et al., arXiv:2104.08691).
 
 Differences from the paper's code:
 - The retriever sees persona and dialogue, without padding, in training as in inference; the code
-  averages over pads and, in training, over the very reply. Both sides are layer-normalised before
-  the head.
+  averages over padding and, in training, over the reply itself. Both sides are layer-normalised
+  before the head.
 - Raw context embeddings are nearly parallel (mean cosine 0.96 with SmolLM2), so one prompt would be
   chosen for every row. Fully centred ones hide that a prompt is good on average, and new people get
   what suits those of the training set least. So the retriever sees a context's deviation from the

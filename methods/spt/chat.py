@@ -42,19 +42,24 @@ def talk(answer: Answer, args, weights: str | None) -> None:
             turns, prompts = [], []
             print("(the dialogue is forgotten)")
         elif line == "r":
+            # the file is read again, since it may have been edited; it may have fewer people now
             people = _personas_in(personas.read(args.test_file))
             person, turns, prompts = (person + 1) % len(people), [], []
             _show(people[person])
         elif line == "save":
+            # a dialogue may be saved again as it grows: each line holds all of it so far
             _save(save_file, {"persona": people[person], "turns": turns, "soft_prompts": prompts,
                               "weights": weights})
         elif line:
+            # a turn is a line: clean_reply has taken the line breaks out of replies
             context = "\n".join([*turns, line])
             row, text, dropped = answer({"persona": people[person], "context": context}, asked)
+            # an empty reply counts, too: the same words draw from another seed when said again
             asked += 1
             if not text:
                 print("(no reply; say it differently)")
                 continue
+            # speakers are counted from the last turn, so a turn without an answer would swap them
             turns += [line, text]
             prompts += row["soft_prompts"]
             note = "; the oldest turns were dropped" if dropped else ""
@@ -63,6 +68,7 @@ def talk(answer: Answer, args, weights: str | None) -> None:
 
 def _personas_in(rows: list[dict]) -> list[list[str]]:
     """The different personas of a file, in its order."""
+    # a file has a row for every reply, so each persona stands in many rows
     return [list(persona) for persona in dict.fromkeys(tuple(row["persona"]) for row in rows)]
 
 

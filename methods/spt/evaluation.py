@@ -52,6 +52,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
         nlls, no_nll = _nlls_of_rows(rows, sources, name)
         figures = [row_figures(row, nll, sources.embedder)
                    for row, nll in zip(rows, nlls, strict=True)]
+        # where no person is named, rows with the same persona count as one person
         people = [row.get("person") or " ".join(row.get("persona", [])) for row in rows]
         summary["systems"][name] = _summarise(rows, figures, people, no_nll)
         if first is None:
@@ -81,6 +82,7 @@ def prompt_nlls(model, tokenizer, row: dict, max_length: int,
     kept.
     """
     config = soft_prompts(model).config
+    # eval.py has no flags for these, so they are taken from the checkpoint
     settled = {name: config[name] for name in ("num_prompts", "prompt_length", "max_context_turns")}
     limits = Args(max_length=max_length, max_input_length=max_input_length, **settled)
     tree = build_tree(row, tokenizer, limits, None)  # the very tree that is trained on
@@ -95,7 +97,7 @@ def prompt_nlls(model, tokenizer, row: dict, max_length: int,
 
 def _nlls_of_rows(rows: list[dict], sources, name: str
                   ) -> tuple[list[list[float] | None], str | None]:
-    """prompt_nlls of every row, None where there are none, and why if so."""
+    """prompt_nlls of every row; or None for all of them, and the reason."""
     unknown: list[list[float] | None] = [None] * len(rows)
     settings = sources.settings(name) or {"method": "spt"}  # without any, sources.model says so
     if "selected" not in rows[0] or settings["method"] != "spt":
@@ -104,6 +106,7 @@ def _nlls_of_rows(rows: list[dict], sources, name: str
         model, tokenizer, _ = sources.model(name)
     except NoModel as error:
         return unknown, str(error)
+    # with the limits of drawing, the true reply follows the dialogue that was answered
     limits = settings["max_length"], settings["max_input_length"]
     nlls = [prompt_nlls(model, tokenizer, row, *limits) for row in rows]
     if None in nlls:  # means over the other rows would not compare with other files
@@ -126,6 +129,7 @@ def reply_of(row: dict) -> str:
 def row_figures(row: dict, nll: list[float] | None, embedder) -> dict:
     """All figures of a row; nll: of the true reply under every prompt, or None."""
     reply, preds = reply_of(row), row["preds"]
+    # 0 is the true reply, 1 the reply compared with it, and the rest are all replies of the row
     vectors = embedder.encode([row["response"], reply, *preds])
     figures = {
         **published.overlap(reply, row["response"]),
@@ -134,10 +138,12 @@ def row_figures(row: dict, nll: list[float] | None, embedder) -> dict:
         "embedding": float(vectors[0] @ vectors[1]),
         "persona_overlap": metrics.persona_overlap(reply, row.get("persona", []))}
     if nll is None:
+        # undefined figures stay as None, so that the lines of all files have the same keys
         return figures | dict.fromkeys((*OF_PROMPTS, "nll_by_prompt"))
     selected, best = nll[row["selected"] - 1], min(nll)
     return figures | {
         "nll": selected, "random": sum(nll) / len(nll), "oracle": best, "regret": selected - best,
+        # the values are compared, not the numbers: of prompts with equal nll, each is the best
         "agreement": float(selected == best), "nll_by_prompt": nll}
 
 
@@ -151,12 +157,14 @@ def _summarise(rows: list[dict], figures: list[dict], people: list[str],
         [reply_of(row) for row in rows], [row["response"] for row in rows], figures)
     means = {name: statistics.cluster_interval([of_row[name] for of_row in figures], people)
              for name in FIGURES}
+    # a gain is positive where the selected prompt beats one that is drawn blindly
     gains = [_minus(of_row["random"], of_row["nll"]) for of_row in figures]
     reasons |= {name: no_nll if name in OF_PROMPTS and no_nll else _why_missing(name)
                 for name, mean in means.items() if mean is None}
     usage = None
     if "scores" in rows[0]:
         prompts = range(1, len(rows[0]["scores"]) + 1)
+        # shares are of the retriever's choice, even where replies were drawn under every prompt
         usage = {str(k): sum(row["selected"] == k for row in rows) / len(rows) for k in prompts}
     else:
         reasons["usage"] = "the rows have no scores of prompts"
@@ -180,6 +188,7 @@ def _why_missing(name: str) -> str:
 def _differences(figures: list[dict], first: list[dict], people: list[str]
                  ) -> dict[str, Figure | None]:
     """Each figure minus that of the first system, paired by row; None where one of them is."""
+    # eval.py has made sure that all files hold the same rows in the same order
     pairs = list(zip(figures, first, strict=True))
     return {name: statistics.cluster_interval(
         [_minus(of_row[name], base[name]) for of_row, base in pairs], people) for name in FIGURES}
@@ -202,6 +211,7 @@ def tables(summary: dict) -> list[Table]:
     rows = [[name.replace("_", " "),
              *(with_interval(system["figures"][name], 3) for system in systems.values()),
              *(with_interval(of_pair[name], 3) for of_pair in differences)] for name in FIGURES]
+    # this line compares two choices of one system, so its columns of differences are empty
     rows.append(["random - selected",
                  *(with_interval(system["choice_gain"], 3) for system in systems.values()),
                  *[""] * len(differences)])
@@ -220,6 +230,7 @@ def _notes(systems: dict[str, dict]) -> list[str]:
             f"prompt {k} {100 * share:.0f} %" for k, share in system["usage"].items())
         notes.append(f"{name}: {system['rows']} rows of {system['persons']} persons, "
                      f"{system['responses']} replies, {system['empty']} empty{usage}")
+        # BERTScore lacks the same thing in every system, so that is said once, below
         notes += missing.notes(name, {figure: why for figure, why in system["reasons"].items()
                                       if figure not in published.BERT_COLUMNS})
     system = next(iter(systems.values()))

@@ -12,6 +12,8 @@ _turns = number(int, lambda value: value == -1 or value >= 1,
 
 def add_train_args(parser) -> None:
     """Soft prompts, retriever and losses; and the published names of common flags."""
+    # The published command line. The rates and batch sizes in the published YAML files differ,
+    # but the code never reads them.
     parser.set_defaults(  # as published
         learning_rate=1e-4, per_device_train_batch_size=2, max_steps=-1, seed=3407)
     # what the published configs call them
@@ -45,12 +47,16 @@ def _add_loss_flags(group) -> None:
     """The weights of the four losses, and what shapes them."""
     group.add_argument("--w_lm", type=non_negative, default=1.0,
                        help="weight of the language-model loss (default: %(default)s)")
+    # 0.4 is the weight of this and of --w_ctr in the OPT recipes; in the Llama-2 one it is 1.0
     group.add_argument("--w_sel", "--selective_loss_weight", dest="w_sel", type=non_negative,
                        default=0.4, help="weight of the selection loss (default: %(default)s)")
+    # the published loss has no weight here, which is a weight of 1
     group.add_argument("--w_fuse", type=non_negative, default=1.0,
                        help="weight of the fusion loss (default: %(default)s)")
     group.add_argument("--w_ctr", "--contrastive_weight", dest="w_ctr", type=non_negative,
                        default=0.4, help="weight of the contrastive loss (default: %(default)s)")
+    # Published is logits_raw, whose weights need not sum to 1: larger scores make the mixture
+    # sharper, whether or not the prompts fit.
     group.add_argument("--fusion", choices=["logits_raw", "logits_norm", "probs"], default="probs",
                        help="what the fusion loss mixes (default: %(default)s)")
     group.add_argument("--tau_gold", type=positive, default=1.0,
@@ -85,6 +91,7 @@ def add_infer_args(parser) -> None:
     """Which soft prompts answer, and the chat."""
     for name in ("test_file", "save_file"):  # --interactive needs no --save_file
         optional(parser, name)
+    # the paper draws one reply of at most 32 tokens, and draws it greedily
     parser.set_defaults(num_response_per_input=1, max_new_tokens=32)
     group = parser.add_argument_group("method spt")
     group.add_argument("--soft_prompt", "--prompts", dest="soft_prompt", choices=SOFT_PROMPT,
@@ -106,6 +113,7 @@ def check_infer(args) -> None:
              "drop one of the two")
     if args.engine != "hf":
         fail(USAGE, f"--engine {args.engine} has no soft prompts", "--engine hf")
+    # beams grow from a single prompt, so they cannot span several prompts or their mixture
     works = args.decoding in ("sampling", "greedy") or \
         (args.decoding == "beam" and args.soft_prompt == "chosen")
     if not works:

@@ -21,6 +21,7 @@ from utils import USAGE, fail
 
 def resolve(args, run: dict) -> dict:
     """What the checkpoint says about its prompts, and the replies and branches that follow."""
+    # this comes first, since a base model has no adapter_config.json to read
     defaults.same_method(args, run)
     config = json.loads(
         (Path(args.model_name_or_path) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -33,8 +34,10 @@ def resolve(args, run: dict) -> dict:
     if args.soft_prompt == "all":
         replies *= count
         values |= {"num_response_per_input": replies, "num_drawn": replies}
+    # a fused reply, too, is computed in one branch for each prompt
     if args.soft_prompt in ("all", "fused"):
         values["num_branches"] = count
+    # greedy decoding has one reply to each prompt; sampled prompts may differ every time
     different = {"all": count, "sampled": replies}.get(args.soft_prompt, 1)
     if args.decoding == "greedy" and replies > different:
         fail(USAGE, f"{replies} greedy responses would repeat one another", "--decoding sampling")
@@ -60,13 +63,16 @@ def choose(soft, row: dict, index: int, tokenizer, args) -> dict:
     """
     with torch.no_grad():
         scores = soft.scores([retrieval_ids(row, tokenizer, args)])[0].cpu()
+    # the generator is the CPU's, so that a seed makes the same choices on every device
     generator = torch.Generator().manual_seed(utils.row_seed(args.seed, index))
     noisy = scores + args.selection_noise * torch.randn(scores.shape, generator=generator)
+    # prompts count from 1, so a prompt_id that is given is never 0
     best = args.prompt_id or int(noisy.argmax()) + 1
     prompts = [best] * args.num_branches
     if args.soft_prompt in ("all", "fused"):
         prompts = list(range(1, len(scores) + 1))
     elif args.soft_prompt == "sampled":
+        # this is h of the losses, with the temperature tau_sim of the training
         probability = soft.choice(noisy[None])[0].exp()
         drawn = torch.multinomial(probability, args.num_branches, replacement=True,
                                   generator=generator)
@@ -85,6 +91,7 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     ids, dropped = prompt_ids(row, tokenizer, args, room)
     if ids is None:
         return None
+    # rows count prompts from 1, virtual ids from 0
     runs = [virtual_ids(number - 1, args.prompt_length) + ids for number in row["soft_prompts"]]
     if args.soft_prompt == "chosen":
         return Tree(branch_prompts(runs, list(range(1, args.num_branches + 1))), dropped)
@@ -117,6 +124,7 @@ def talk(engine, args) -> None:
         """The row with its soft prompt, a reply, and whether the oldest turns were dropped."""
         # a seed of its own for every turn: the same words may be answered differently
         seeded = args.with_values(seed=args.seed + turn)
+        # the scores are new at every turn, since another prompt may suit the dialogue now
         rows = prepare_rows(engine, [row], seeded)
         job = drawing.prepare(engine, rows, seeded, decode_tree, messages)
         return rows[0], clean(job.draw([0])[0].texts[0]), job.truncated > 0

@@ -29,6 +29,7 @@ def mean_nll(logps: Tensor, row: Tensor, num_rows: int) -> Tensor:
     In nats per token. logps: (K, N) in nats. row: (N,) the row of every token.
     """
     sums = logps.new_zeros(num_rows, len(logps)).index_add(0, row, -logps.T)
+    # the floor of 1 guards a row without tokens, though every reply has at least its end token
     return sums / torch.bincount(row, minlength=num_rows)[:, None].clamp(min=1)
 
 
@@ -47,6 +48,7 @@ def selection_loss(nll: Tensor, log_h: Tensor, tau_gold: float = 1.0, noise: flo
 
 def fusion_loss(logps: Tensor, log_h: Tensor, row: Tensor) -> Tensor:
     """Mean of -log sum_k h[k] p_k(token) over tokens; logps (K, N), log_h (B, K), row (N,)."""
+    # the sum is taken in logs: a product of h and p may be too small for a float
     return -(logps + log_h[row].T).logsumexp(0).mean()
 
 
@@ -55,6 +57,7 @@ def logit_fusion_loss(logits: Tensor, weights: Tensor, targets: Tensor, row: Ten
 
     logits: (K, N, W). weights: (B, K). targets, row: (N,).
     """
+    # this mixes logits, not probabilities, so the weights need not sum to 1 (raw scores do not)
     return F.cross_entropy(torch.einsum("knw,nk->nw", logits, weights[row]), targets)
 
 
@@ -72,6 +75,7 @@ def contrastive_loss(scores: Tensor, texts: list[str], threshold: float = 20.0) 
     # sorted, since similarity is symmetric: each pair is in the cache once
     similar = [1.0 if similarity(*sorted((texts[i], texts[j]))) > threshold else -1.0
                for i, j in pairs]
+    # the published margin is 0, which is also the default of torch
     return F.cosine_embedding_loss(
         scores[first], scores[second], torch.tensor(similar, device=scores.device))
 
@@ -79,4 +83,5 @@ def contrastive_loss(scores: Tensor, texts: list[str], threshold: float = 20.0) 
 @lru_cache(maxsize=1_000_000)
 def similarity(a: str, b: str) -> float:
     """Mean of the sentence BLEU of two texts against each other, 0 to 100 (sacrebleu)."""
+    # BLEU depends on the direction; the paper's code takes the one that row order happens to give
     return (sentence_bleu(a, [b]).score + sentence_bleu(b, [a]).score) / 2

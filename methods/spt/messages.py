@@ -1,4 +1,4 @@
-"""What a soft prompt stands before, what the retriever sees, and the trees that carry both."""
+"""The message after a soft prompt, what the retriever sees, and the tree that carries both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DialogueTree(Tree):
 
 
 def latest(row: dict, max_turns: int) -> dict:
-    """The row with its last 2 * max_turns - 1 turns, all with -1; the first is then Person A's."""
+    """The row with its last 2 * max_turns - 1 turns, so that Person A begins; -1 keeps all."""
     turns = row["context"].strip("\n").split("\n")
     kept = turns if max_turns == -1 else turns[-(2 * max_turns - 1) :]
     return row | {"context": "\n".join(kept)}
@@ -47,6 +47,7 @@ def prompt_ids(row: dict, tokenizer, args, room: int) -> tuple[list[int] | None,
 
 def retrieval_ids(row: dict, tokenizer, args) -> list[int]:
     """Token ids of persona and dialogue: never the reply, nor what all messages have in common."""
+    # words that all messages share would make their embeddings more alike
     context = latest(row, args.max_context_turns)["context"]
     text = "\n".join([*row.get("persona", []), context])
     return tokenizer(text, add_special_tokens=False)["input_ids"]

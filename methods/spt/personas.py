@@ -32,11 +32,13 @@ def read(path: str) -> list[dict]:
     """
     is_text = Path(path).suffix == ".txt"
     rows = read_convai2(Path(path)) if is_text else utils.read_jsonl(path, check_row)
+    # the key is always there, so that later code need not ask for it
     return [{"persona": [], **row} for row in rows]
 
 
 def check_row(row: dict) -> str | None:
     """What is wrong with a JSONL row, or None."""
+    # utils.check_row also accepts a prompt, but that is no dialogue with a person
     if "context" not in row:
         return f'needs "context" and "response", has {sorted(row)[:5]}'
     if problem := utils.check_row(row, candidates=False):
@@ -46,6 +48,7 @@ def check_row(row: dict) -> str | None:
         return f'field "response" must be a string with text, got {json.dumps(response)[:40]}'
     if not isinstance(persona, list) or not all(isinstance(s, str) for s in persona):
         return f'field "persona" must be a list of strings, got {json.dumps(persona)[:60]}'
+    # an empty list is more likely a lost persona than a row without one
     if "persona" in row and not persona:
         return 'field "persona" is empty; leave it out where a row has none'
     for number, sentence in enumerate(persona, 1):
@@ -57,7 +60,9 @@ def check_row(row: dict) -> str | None:
 def read_convai2(path: Path) -> list[dict]:
     """The rows of a text file; all lines are read before the first error stops the run."""
     rows, errors = [], []
+    # splitlines() would also cut at U+2028 and the like, inside an utterance
     lines = _read_text(path).split("\n")
+    # a download that broke off ends in the middle of a line
     if lines[-1]:
         errors.append(f"{path}:{len(lines)}: the last line does not end: the file is cut")
     dialogue, before = _Dialogue(), 0  # before: the number of the line above
@@ -75,10 +80,12 @@ def read_convai2(path: Path) -> list[dict]:
             errors.append(f"{path}:{place}: {problem}\n  line: {line[:100]}")
         elif row:
             rows.append(row)
+        # a line without a number is one fault, and not a gap in the numbers as well
         before = before if number is None else number
     if before and not dialogue.utterances:
         errors.append(f"{path}:{len(lines) - 1}: the dialogue ends before anybody speaks")
     if errors:
+        # the first error comes last, next to the count, where it is not scrolled away
         for error in errors[1 : utils.MAX_SHOWN_ERRORS]:
             print(f"error: {error}", file=sys.stderr)
         fail(USAGE, f"{errors[0]}\nbad lines in {path}: {len(errors)}",

@@ -18,6 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from scoring import metrics
 
 BERT_COLUMNS = ("BERT-F1", "BERT-P", "BERT-R")
+# this is the order of the paper's table; AVG gain stays last, since it is made from the others
 COLUMNS = ("F1", "BLEU", "R-1", "R-2", "R-L", *BERT_COLUMNS, "DIST-1", "DIST-2", "AVG gain")
 BERT_MODEL = "microsoft/deberta-xlarge-mnli"
 BERT_LAYERS = 40  # bert-score's choice for this model
@@ -26,6 +27,7 @@ ROUGE = {"R-1": "rouge1", "R-2": "rouge2", "R-L": "rougeL"}
 
 def overlap(reply: str, reference: str) -> dict[str, float]:
     """F1 and ROUGE of one reply, 0 to 1."""
+    # the published scores are without a stemmer
     rouge = RougeScorer(list(ROUGE.values())).score(reference, reply)
     return {"F1": metrics.token_f1(reply, reference),
             **{column: rouge[kind].fmeasure for column, kind in ROUGE.items()}}
@@ -64,14 +66,18 @@ def bert_scores(replies: list[str], references: list[str]) -> dict[str, float] |
         return f"{BERT_MODEL} is not on this machine"
     import bert_score  # optional, not among the requirements
 
+    # bert-score chooses the layer by the hub id; given a folder, it must be told
     precision, recall, f1 = bert_score.score(
         replies, references, model_type=folder, num_layers=BERT_LAYERS)
+    # BERT_COLUMNS has F1 first, as the paper, but bert-score returns it last
     means = (float(scores.mean()) for scores in (f1, precision, recall))
     return dict(zip(BERT_COLUMNS, means, strict=True))
 
 
 def mean_gain(columns: dict, baseline: dict) -> float | None:
     """Mean over the published columns of the gain over the baseline, in per cent."""
+    # Missing columns (BERTScore) are left out, so the mean compares with the paper's only where
+    # all ten are there. A column that is 0 in the baseline has no relative gain.
     gains = [100 * (columns[c] / baseline[c] - 1) for c in COLUMNS[:-1]
              if columns[c] is not None and baseline[c]]
     return sum(gains) / len(gains) if gains else None

@@ -18,6 +18,7 @@ from trees import LIKELIHOOD, Segment
 from utils import USAGE, fail
 
 CENTRE_ROWS = 1000  # rows whose mean context the retriever subtracts from every context
+# softprompts.Retriever has this number; it is checked here, where a flag can be named
 HEADS = 4  # attention heads of --retriever transformer
 
 
@@ -38,6 +39,7 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
     if args.retriever == "transformer" and dim % HEADS:
         fail(USAGE, f"--retriever transformer has {HEADS} attention heads, "
                     f"the embeddings have {dim} dimensions", "--retriever linear")
+    # all of this is saved with the weights: decoding takes it from there, not from flags
     model = attach(model, {
         "num_prompts": args.num_prompts, "prompt_length": args.prompt_length,
         "prompt_init": args.prompt_init, "retriever": args.retriever,
@@ -47,6 +49,7 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
     retrieves = bool(args.w_sel or args.w_fuse or args.w_ctr)
     soft.retriever.requires_grad_(retrieves)
     if retrieves:
+        # rows that do not fit are included, so the centre does not depend on --max_length
         soft.centre_on([retrieval_ids(row, tokenizer, args) for row in rows[:CENTRE_ROWS]])
     return model
 
@@ -64,6 +67,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> DialogueTree |
     """
     response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
     response = [*response, end_of_turn(tokenizer)]
+    # only the dialogue is shortened, never the soft prompt or the reply
     room = args.max_length - args.prompt_length - len(response)
     ids, dropped = prompt_ids(row, tokenizer, args, room)
     if ids is None:
@@ -83,6 +87,7 @@ def compute_loss(model, batch: dict, args, step: int) -> tuple[Tensor, dict]:
     often prompt k is chosen; and usage_entropy, the entropy of the mean of h in nats.
     """
     soft = soft_prompts(model)
+    # the logits themselves are needed, since --fusion logits_* mixes them
     logits, place = trees.score_logits(model, batch)
     targets = batch["input_ids"][0, batch["token"]]
     token_logps = logits[place, targets] - logits.logsumexp(-1)[place]
@@ -96,6 +101,8 @@ def compute_loss(model, batch: dict, args, step: int) -> tuple[Tensor, dict]:
     log_h = soft.choice(scores)
 
     zero = logps.new_zeros(())
+    # The LM loss is a mean over all tokens, as published, so long replies count more. The order of
+    # the parts is that of the weights below.
     parts = {"lm_loss": -logps.mean(), "sel_loss": zero, "fuse_loss": zero, "ctr_loss": zero}
     if args.w_sel:
         parts["sel_loss"] = losses.selection_loss(nll, log_h, args.tau_gold, args.target_noise)
@@ -118,6 +125,7 @@ def compute_loss(model, batch: dict, args, step: int) -> tuple[Tensor, dict]:
 def _choice_figures(nll: Tensor, log_h: Tensor) -> dict[str, Tensor]:
     """How often the chosen prompt is the best one, and how evenly prompts are used; both (B, K)."""
     chosen = log_h.argmax(-1)
+    # the entropy of the mean of h is low where one prompt serves nearly all rows
     figures = {"agreement": (chosen == nll.argmin(-1)).float().mean(),
                "usage_entropy": torch.special.entr(log_h.exp().mean(0)).sum()}
     return figures | {f"use_{k + 1}": (chosen == k).float().mean() for k in range(nll.shape[1])}
@@ -129,6 +137,7 @@ order_rows = defaults.shuffled
 def parameter_groups(model, args) -> list[dict]:
     """The soft prompts, and the retriever at a learning rate of its own."""
     soft = soft_prompts(model)
+    # prompts want a far higher rate than the retriever: 5e-2 and 3e-4 in configs/spt/smollm2.yaml
     groups = [{"params": [soft.prompts]}]
     retriever = [p for p in soft.retriever.parameters() if p.requires_grad]
     if retriever:
