@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import utils
 from data.candidates import Ask, Embed, list_message, make_row, row_key, settings_of
-from decoding import api, asking, outputs
+from decoding import api, asking, outputs, providers
 from decoding.engines import Asked, Local, Server
 from flags import FlagParser, add_server_flags, number, parse_flags, positive, positive_int, share
 from modeling.checkpoints import load_checkpoint
@@ -100,10 +100,10 @@ def build_parser() -> FlagParser:
 def resolve_engine(args) -> dict:
     """Who is asked, as PROVIDER:MODEL. --model stays as it is given: keys of rows hash it."""
     engine = args.model
-    if engine.partition(":")[0] not in (api.LOCAL, *api.PROVIDERS):
-        engine = f"{'openai' if args.base_url else api.LOCAL}:{engine}"
-    spec = api.parse_spec(engine)
-    if args.base_url and spec.provider == api.LOCAL:
+    if engine.partition(":")[0] not in (providers.LOCAL, *providers.PROVIDERS):
+        engine = f"{'openai' if args.base_url else providers.LOCAL}:{engine}"
+    spec = providers.parse_spec(engine)
+    if args.base_url and spec.provider == providers.LOCAL:
         fail(USAGE, f"--base_url does nothing with --model {args.model}",
              f"drop it, or --model openai:{spec.model}")
     return {"engine": engine}
@@ -125,8 +125,8 @@ def read_flags(argv: list[str] | None):
 
 def load_engine(args, rows: list[dict]) -> Local | Server:
     """The engine that --model names; a local model refuses rows that spell its special tokens."""
-    spec = api.parse_spec(args.engine)
-    if spec.provider != api.LOCAL:
+    spec = providers.parse_spec(args.engine)
+    if spec.provider != providers.LOCAL:
         return Server(spec, args.base_url, args.key_file, args.max_connections, args.timeout,
                       args.timeout_total, tolerant=True, max_backoff=args.max_backoff,
                       max_failed=MAX_FAILED_IN_A_ROW)
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
                  num_threads)
     except api.RunStopped as stop:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        key_name = api.PROVIDERS[api.parse_spec(args.engine).provider][1]
+        key_name = providers.PROVIDERS[providers.parse_spec(args.engine).provider][1]
         look = f"check {key_name}, --model and --base_url; " if stop.code == REFUSED else ""
         fail(stop.code, f"{stop.what}; {len(made)} of {len(rows)} rows are made",
              f"{look}go on with: python -m data.make_candidates "

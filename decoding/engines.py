@@ -15,9 +15,9 @@ ignores. `ask` is lazy and yields in the order in which messages finish, so that
 each result down at once. Asked.replies is shorter than n only where Asked.failure says why;
 `failed` counts these failures by what happened.
 
-Retries, deadlines and redaction are api.py's; that a server which fails again and again stops the
-run is decided here. Both raise api.RunStopped, which the caller turns into an exit code and a way
-out.
+Retries and deadlines are api.py's, keys and their redaction providers.py's. Whether a server that
+fails again and again stops the run is decided here. Both kinds raise api.RunStopped, which the
+caller turns into an exit code and a way out.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 import utils
-from decoding import api, mixtures
-from decoding.api import CallFailed, RunStopped, Spec
+from decoding import api, mixtures, providers
+from decoding.api import CallFailed, RunStopped
+from decoding.providers import Spec
 from decoding.replies import Reply
 from decoding.sampling import greedy, sample
 from modeling.checkpoints import load_checkpoint
@@ -70,8 +71,8 @@ def load_engine(spec: str | Spec, base_url: str | None = None, key_file: str | N
     a local model's. sampling: the filters of decoding.sampling.sample; a server takes top_p, top_k
     and min_p of them.
     """
-    spec = api.parse_spec(spec) if isinstance(spec, str) else spec
-    if spec.provider != api.LOCAL:
+    spec = providers.parse_spec(spec) if isinstance(spec, str) else spec
+    if spec.provider != providers.LOCAL:
         return Server(spec, base_url, key_file, max_connections, timeout, timeout_total, sampling,
                       tolerant)
     # a forgotten provider would else draw quietly from another model
@@ -194,9 +195,9 @@ class Server:
                  sampling: Mapping[str, float] | None = None, tolerant: bool = False,
                  max_backoff: float = 60.0, max_failed: int = MAX_FAILED_IN_A_ROW,
                  way_out: str = "export it, or name a local server with --base_url"):
-        self.client = api.connect(spec.provider, base_url, timeout, key_file, way_out)
+        self.client = providers.connect(spec.provider, base_url, timeout, key_file, way_out)
         self.name, self.model = spec.name, spec.model
-        self.url = api.normalise_url(base_url or api.PROVIDERS[spec.provider][0])
+        self.url = providers.normalise_url(base_url or providers.PROVIDERS[spec.provider][0])
         self.run = {"method": "base", "base_model": spec.model, "weights": None, "args": {}}
         self.sampling, self.max_connections = dict(sampling or {}), max_connections
         self.timeout_total, self.max_backoff = timeout_total, max_backoff

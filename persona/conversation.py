@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import utils
-from decoding import api, sampling
+from decoding import providers, sampling
 from decoding.engines import load_engine
 from decoding.replies import clean_reply
 from methods import METHODS
@@ -228,7 +228,7 @@ def read_question(text: str, interview: Interview) -> str:
     """
     line = next((line for line in text.split("\n") if line.strip()), "")
     line = re.sub(r"^\s*\**Person A\**:\**\s*", "", line).strip()
-    question = neutralise(api.redact(line), ("[INST", "[/INST", "<s>", "</s>"))
+    question = neutralise(providers.redact(line), ("[INST", "[/INST", "<s>", "</s>"))
     if question:
         return question
     interview.warnings["scripted_instead"] += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import utils
-from decoding import api
+from decoding import providers
 from persona.rules import ATTRIBUTES, match_value, values_of
 from scoring.judge_prompt import neutralise
 from utils import info
@@ -93,7 +93,7 @@ def by_model(engine, rows: list[dict], log_file: Path) -> list[dict[str, dict] |
     for asked in tqdm(results, total=len(todo), desc=engine.name, unit="interview"):
         key = keys[todo[asked.index]]
         if asked.replies:
-            answers[key] = api.redact(asked.replies[0].text)
+            answers[key] = providers.redact(asked.replies[0].text)
             utils.append_jsonl(log_file, [{"key": key, "answer": answers[key]}])
         if asked.failure:
             failures[asked.failure.what] += 1

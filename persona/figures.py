@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import utils
-from decoding import api
+from decoding import api, providers
 from flags import Args, FlagParser, add_server_flags, parse_flags, positive_int
 from persona.chart import draw_chart
 from persona.extraction import by_model
@@ -75,7 +75,7 @@ def read_flags(argv: list[str] | None) -> Args:
         fail(USAGE, f"--save_file {args.save_file} must end in .json",
              f"{Path(args.save_file).with_suffix('.json')}")
     if args.extract != "rules":
-        api.parse_spec(args.extract, "--extract", tuple(api.PROVIDERS))
+        providers.parse_spec(args.extract, "--extract", tuple(providers.PROVIDERS))
     elif args.base_url or args.key_file:
         fail(USAGE, "--base_url and --key_file do nothing with --extract rules",
              "add --extract PROVIDER:MODEL")

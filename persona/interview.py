@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import utils
-from decoding import api, outputs
+from decoding import api, outputs, providers
 from flags import Args, FlagParser, add_server_flags, parse_flags, positive, positive_int
 from methods import METHODS
 from utils import USAGE, fail
@@ -91,7 +91,7 @@ def read_flags(argv: list[str] | None) -> Args:
     """The flags of a command; dies over those that cannot work, before anything is loaded."""
     args = parse_flags(build_parser(), argv)
     if ":" in args.asker:
-        api.parse_spec(args.asker, "--asker")
+        providers.parse_spec(args.asker, "--asker")
     elif args.asker != "scripted":
         fail(USAGE, f"--asker {args.asker} is none of scripted, hf:MODEL, PROVIDER:MODEL",
              "such as openai:gpt-4o")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import utils
-from decoding import api
+from decoding import api, providers
 from decoding.engines import Asked, Server
 from scoring.judge_prompt import RATINGS, judge_prompt, parse_rating
 from utils import REFUSED, fail, info
@@ -37,9 +37,9 @@ class Stage(NamedTuple):
 
 
 PUBLISHED = {  # arXiv:2412.03343; providers retire models, so their names are flags
-    1: Stage("together", "meta-llama/Llama-3-70b-chat-hf", api.PROVIDERS["together"][0],
+    1: Stage("together", "meta-llama/Llama-3-70b-chat-hf", providers.PROVIDERS["together"][0],
              0.1, 512, 50.0),
-    2: Stage("openai", "gpt-4o", api.PROVIDERS["openai"][0], 0.0, 1024, 100.0),
+    2: Stage("openai", "gpt-4o", providers.PROVIDERS["openai"][0], 0.0, 1024, 100.0),
 }
 # As published. Keys of the log are hashes over these values, so their form must stay.
 SAMPLING = {"together": {"top_p": 0.95, "extra_body": {"top_k": 50}}, "openai": {}}
@@ -51,11 +51,11 @@ def parse_stage(number: int, spec: str | None = None, base_url: str | None = Non
     """Stage 1 or 2 from PROVIDER:MODEL and settings; what is None is as published."""
     published = PUBLISHED[number]
     named = published.name if spec is None else spec
-    provider, model = api.parse_spec(named, f"--judge{number}", tuple(api.PROVIDERS))
+    provider, model = providers.parse_spec(named, f"--judge{number}", tuple(providers.PROVIDERS))
     given = {"temperature": temperature, "max_tokens": max_tokens, "timeout": timeout}
     return published._replace(
         provider=provider, model=model,
-        base_url=api.normalise_url(base_url or api.PROVIDERS[provider][0]),
+        base_url=providers.normalise_url(base_url or providers.PROVIDERS[provider][0]),
         **{name: value for name, value in given.items() if value is not None})
 
 
@@ -153,8 +153,8 @@ class APIJudge:
         way_out = "export it, put it into a --key_file, or use --judge local, a proxy without a key"
         self.engines = [
             None if i == unused else Server(
-                api.Spec(stage.provider, stage.model), stage.base_url, key_file, max_connections,
-                stage.timeout, timeout_total, tolerant=True, way_out=way_out)
+                providers.Spec(stage.provider, stage.model), stage.base_url, key_file,
+                max_connections, stage.timeout, timeout_total, tolerant=True, way_out=way_out)
             for i, stage in enumerate(stages)]
 
     def describe(self) -> dict:
@@ -210,7 +210,7 @@ class APIJudge:
                 log[entry["key"]] = _judgement_of(entry)
         except api.RunStopped as stop:
             done = sum(call.key in log and log[call.key].reason not in TRANSIENT for call in calls)
-            key_name = api.PROVIDERS[stage.provider][1]
+            key_name = providers.PROVIDERS[stage.provider][1]
             look = (f"check {key_name}, the judge's model and address; "
                     if stop.code == REFUSED else "")
             fail(stop.code, f"judge {stop.what}; {done} of {len(calls)} are judged",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from decoding import api
+from decoding import providers
 from modeling.checkpoints import load_checkpoint
 from scoring import judge_api, judge_local, judge_prompt
 from scoring.evaluated import CONTROL
@@ -39,7 +39,7 @@ def judge(systems: dict[str, list[dict]], sources, args,
     rows = _replies_of(systems)
     if args.judge == "local":
         return _by_proxy(args.judge_model, rows, sources.embedder)
-    spec = api.parse_spec(args.judge, "--judge", (api.LOCAL,))
+    spec = providers.parse_spec(args.judge, "--judge", (providers.LOCAL,))
     return _by_model(spec.model, rows, args.no_canaries)
 
 

@@ -16,7 +16,7 @@ import servers
 from conftest import ROOT, refused
 from servers import BAD, FOUR, error, listed, ok
 
-from decoding import api
+from decoding import api, providers
 from decoding.replies import Reply
 from utils import MISSING, REFUSED, TRY_LATER, USAGE
 
@@ -25,10 +25,10 @@ KEY = "sk-not-a-real-key-42"
 HELLO = [{"role": "user", "content": "Hello?"}]
 
 
-@pytest.fixture(params=api.PROVIDERS)
+@pytest.fixture(params=providers.PROVIDERS)
 def provider(request, monkeypatch) -> str:
     """Each provider in turn, with a key."""
-    monkeypatch.setenv(api.PROVIDERS[request.param][1], KEY)
+    monkeypatch.setenv(providers.PROVIDERS[request.param][1], KEY)
     return request.param
 
 
@@ -37,7 +37,7 @@ def ask(provider, monkeypatch):
     """ask(server, seconds) is one call with its repeats; waits are kept in ask.waits, not slept."""
 
     def run(server, seconds: float = 60) -> Reply:
-        client = api.connect(provider, server.url, timeout=5)
+        client = providers.connect(provider, server.url, timeout=5)
         [reply] = api.retrying(lambda: api.complete(client, "m", HELLO, 9, temperature=0.5),
                                time.monotonic() + seconds)
         return reply
@@ -57,18 +57,18 @@ def ask(provider, monkeypatch):
     ("together:meta-llama/Llama-3-70b-chat-hf", "together", "meta-llama/Llama-3-70b-chat-hf"),
 ])
 def test_one_grammar_names_a_model_and_who_runs_it(text, provider, model):
-    spec = api.parse_spec(text)
+    spec = providers.parse_spec(text)
     assert spec == (provider, model) and spec.name == text
 
 
 @pytest.mark.parametrize("text", ["gpt-4o", "mistral:7b", "openai:", "openai: ", ":m", "", "hf"])
 def test_a_name_without_provider_or_model_is_refused_with_the_flag(text, capsys):
-    said = refused(capsys, USAGE, api.parse_spec, text, "--asker")
+    said = refused(capsys, USAGE, providers.parse_spec, text, "--asker")
     assert f'--asker "{text}" is not PROVIDER:MODEL' in said and "together:MODEL" in said
 
 
 def test_a_flag_may_take_some_providers_alone(capsys):
-    said = refused(capsys, USAGE, api.parse_spec, "hf:m", "--judge1", ("openai", "together"))
+    said = refused(capsys, USAGE, providers.parse_spec, "hf:m", "--judge1", ("openai", "together"))
     assert '--judge1 "hf:m"' in said and "one of openai:MODEL, together:MODEL" in said
 
 
@@ -79,13 +79,13 @@ def test_a_flag_may_take_some_providers_alone(capsys):
     ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
 ])
 def test_an_address_is_normalised(given, used):
-    assert api.normalise_url(given) == used
+    assert providers.normalise_url(given) == used
 
 
 @pytest.mark.parametrize("url", [
     "h:1", "http://me:word@h/v1", "http://h:x", "http://h?a=1", "ftp://h"])
 def test_what_is_not_a_plain_address_is_refused_without_its_password(url, capsys):
-    said = refused(capsys, USAGE, api.normalise_url, url)
+    said = refused(capsys, USAGE, providers.normalise_url, url)
     assert "word" not in said.replace("password", "")
 
 
@@ -94,7 +94,7 @@ def test_a_key_file_of_its_owner_is_read(tmp_path, mode):
     path = tmp_path / "keys"
     path.write_text("# mine\nOPENAI_API_KEY = secret-1 \n")
     path.chmod(mode)
-    assert api.read_key("OPENAI_API_KEY", path) == "secret-1"
+    assert providers.read_key("OPENAI_API_KEY", path) == "secret-1"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o777])
@@ -102,12 +102,12 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode, capsys):
     path = tmp_path / "keys"
     path.write_text("OPENAI_API_KEY = secret-1 \n")
     path.chmod(mode)
-    said = refused(capsys, USAGE, api.read_key, "OPENAI_API_KEY", path)
+    said = refused(capsys, USAGE, providers.read_key, "OPENAI_API_KEY", path)
     assert f"mode {mode:o}" in said and "chmod 600" in said and "secret-1" not in said
 
 
 def test_a_key_file_that_is_not_there_is_named(tmp_path, capsys):
-    said = refused(capsys, USAGE, api.read_key, "OPENAI_API_KEY", tmp_path / "none")
+    said = refused(capsys, USAGE, providers.read_key, "OPENAI_API_KEY", tmp_path / "none")
     assert "none is not a file" in said
 
 
@@ -117,18 +117,18 @@ def test_a_key_file_that_is_not_there_is_named(tmp_path, capsys):
     ("together", "http://127.0.0.1:1", "none"), ("openai", "https://api.together.xyz", "none"),
 ])
 def test_only_a_providers_own_address_needs_its_key(monkeypatch, name, url, key, capsys):
-    for _, variable in api.PROVIDERS.values():
+    for _, variable in providers.PROVIDERS.values():
         monkeypatch.delenv(variable, raising=False)
     if key:
-        assert api.connect(name, url).api_key == key
+        assert providers.connect(name, url).api_key == key
     else:
-        said = refused(capsys, MISSING, api.connect, name, url)
-        assert f"{api.PROVIDERS[name][1]} is not set" in said
+        said = refused(capsys, MISSING, providers.connect, name, url)
+        assert f"{providers.PROVIDERS[name][1]} is not set" in said
 
 
 def test_a_key_with_a_space_is_refused_before_it_is_sent(monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk a")
-    assert "OPENAI_API_KEY holds a space" in refused(capsys, USAGE, api.connect, "openai")
+    assert "OPENAI_API_KEY holds a space" in refused(capsys, USAGE, providers.connect, "openai")
 
 
 def test_no_provider_is_sent_the_key_of_another(monkeypatch, serve):
@@ -136,14 +136,14 @@ def test_no_provider_is_sent_the_key_of_another(monkeypatch, serve):
     monkeypatch.setenv("TOGETHER_API_KEY", "two")
     server = serve()
     for name in ("openai", "together"):
-        api.complete(api.connect(name, server.url), "m", HELLO, 9)
+        api.complete(providers.connect(name, server.url), "m", HELLO, 9)
     assert [header for _, header, _ in server.seen] == ["Bearer one", "Bearer two"]
 
 
 def test_keys_are_cut_out_of_messages(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "hush-hush")
     said = "hush-hush sk-abc123def Bearer xyz http://me:word@host task-1"
-    assert api.redact(said) == "[key] [key] Bearer [key] http://[key]@host task-1"
+    assert providers.redact(said) == "[key] [key] Bearer [key] http://[key]@host task-1"
 
 
 def test_keys_of_every_provider_and_of_key_files_are_cut_out(monkeypatch, tmp_path):
@@ -151,9 +151,9 @@ def test_keys_of_every_provider_and_of_key_files_are_cut_out(monkeypatch, tmp_pa
     path = tmp_path / "keys"
     path.write_text("OPENAI_API_KEY=quiet-now\n")
     path.chmod(0o600)
-    assert api.read_key("OPENAI_API_KEY", path) == "quiet-now"
+    assert providers.read_key("OPENAI_API_KEY", path) == "quiet-now"
     said = f"shush-shush quiet-now tgp_v1_abc {'0123456789' * 5} https://h/{'a' * 39}"
-    assert api.redact(said) == f"[key] [key] [key] [key] https://h/{'a' * 39}"
+    assert providers.redact(said) == f"[key] [key] [key] [key] https://h/{'a' * 39}"
 
 
 def test_a_reply_loses_the_keys_of_this_run_and_keeps_everything_else(serve, ask):
@@ -175,7 +175,7 @@ def test_a_call_sends_what_it_is_given_and_returns_what_is_served(serve, ask):
 def test_fields_beyond_the_package_reach_the_server_as_they_are(serve, provider):
     """As the published judge sends top_k: in extra_body, which both packages unfold."""
     server, form = serve(), {"type": "json_object"}
-    api.complete(api.connect(provider, server.url), "m", HELLO, 9, n=2, seed=3,
+    api.complete(providers.connect(provider, server.url), "m", HELLO, 9, n=2, seed=3,
                  response_format=form, extra_body={"top_k": 50, "min_p": 0.1})
     body = server.seen[0][2]
     assert (body["n"], body["seed"], body["top_k"], body["min_p"]) == (2, 3, 50, 0.1)
@@ -187,7 +187,7 @@ def test_several_texts_share_the_tokens_of_their_call_and_empty_ones_are_left_ou
     choices = [{"index": i, "message": {"content": text}, "finish_reason": reason}
                for i, (text, reason) in enumerate(texts)]
     server = serve(ok(choices=choices, usage={"total_tokens": 40, "completion_tokens": 12}))
-    replies = api.complete(api.connect(provider, server.url), "m", HELLO, 9, n=3)
+    replies = api.complete(providers.connect(provider, server.url), "m", HELLO, 9, n=3)
     assert [(reply.text, reply.tokens, reply.cut) for reply in replies] == [
         ("Yes.", 4, False), ("No", 4, True)]
 
@@ -238,7 +238,7 @@ def test_a_server_that_cannot_be_reached_or_asks_to_wait_too_long_stops_the_run_
     with pytest.raises(api.RunStopped) as stop:
         ask(serve(error(429, headers={"Retry-After": "3600"})))
     assert stop.value.code == TRY_LATER and "asks to wait 3600 s" in stop.value.what
-    client = api.connect(provider, "http://127.0.0.1:9")
+    client = providers.connect(provider, "http://127.0.0.1:9")
     with pytest.raises(api.RunStopped) as stop:
         api.retrying(lambda: api.complete(client, "m", HELLO, 9), time.monotonic() - 1)
     assert stop.value.code == TRY_LATER and stop.value.what.startswith("ConnectError")
@@ -252,7 +252,7 @@ def test_a_server_that_cannot_be_reached_or_asks_to_wait_too_long_stops_the_run_
 ])
 def test_failures_are_counted_by_kind(serve, provider, monkeypatch, fault, kind):
     monkeypatch.setattr(api, "MAX_BAD_ANSWERS", 1)
-    client = api.connect(provider, serve(fault).url, timeout=0.3)
+    client = providers.connect(provider, serve(fault).url, timeout=0.3)
     with pytest.raises(api.CallFailed) as failed:
         api.retrying(lambda: api.complete(client, "m", HELLO, 9), time.monotonic() + 5)
     assert failed.value.kind == kind
@@ -327,6 +327,6 @@ def test_a_caller_that_stops_listening_stops_the_work():
 
 
 def test_flags_that_name_models_do_not_wait_for_torch_or_a_providers_package():
-    code = ("import sys; from decoding import api; api.parse_spec('openai:m')\n"
+    code = ("import sys; from decoding import providers; providers.parse_spec('openai:m')\n"
             "sys.exit(bool({'torch', 'openai', 'together'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

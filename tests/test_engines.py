@@ -11,10 +11,11 @@ import torch
 from conftest import refused
 from servers import error, ok
 
-from decoding import api, engines, sampling
-from decoding.api import RunStopped, Spec
+from decoding import api, engines, providers, sampling
+from decoding.api import RunStopped
 from decoding.engines import Local, Server
 from decoding.mixtures import GuidedTree
+from decoding.providers import Spec
 from modeling.checkpoints import load_checkpoint
 from modeling.prompts import encode_prompt
 from trees import Tree, branch_prompts
@@ -50,10 +51,10 @@ def one_by_one(body: dict) -> tuple:
 # ---- a model behind a server --------------------------------------------------------------------
 
 
-@pytest.fixture(params=api.PROVIDERS)
+@pytest.fixture(params=providers.PROVIDERS)
 def connect(request, monkeypatch):
     """connect(server, **options): an engine, through the package of each provider in turn."""
-    for _, key in api.PROVIDERS.values():
+    for _, key in providers.PROVIDERS.values():
         monkeypatch.setenv(key, "not-a-real-key")
 
     def run(server, **options) -> Server:
@@ -325,7 +326,7 @@ def test_a_name_gives_a_local_model_with_what_its_checkpoint_says(tiny_dir):
 
 
 def test_a_name_gives_a_server_or_says_which_key_is_missing(monkeypatch, capsys):
-    for _, key in api.PROVIDERS.values():
+    for _, key in providers.PROVIDERS.values():
         monkeypatch.delenv(key, raising=False)
     engine = engines.load_engine("together:a/b", "http://127.0.0.1:9", max_connections=3)
     assert isinstance(engine, Server) and engine.url == "http://127.0.0.1:9/v1"

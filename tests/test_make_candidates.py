@@ -19,7 +19,7 @@ from servers import FOUR, error, listed, ok, wait_for
 from test_candidates import distinct_vectors
 
 from data import make_candidates
-from decoding import api
+from decoding import api, providers
 from utils import REFUSED, TRY_LATER, UNSCORED, USAGE
 
 ROWS = [{"context": row["context"]} for row in DIALOGUES]
@@ -31,7 +31,7 @@ KEY = "sk-not-a-real-key-42"
 def make(tmp_path, monkeypatch, capsys):
     """make(rows, url, *flags) runs the script: exit code, made and rejected rows, what was said."""
     monkeypatch.setattr(make_candidates, "load_embed", distinct_vectors)
-    for _, key in api.PROVIDERS.values():
+    for _, key in providers.PROVIDERS.values():
         monkeypatch.delenv(key, raising=False)
     save_file = tmp_path / "mine.jsonl"
 
