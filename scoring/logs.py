@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +29,25 @@ def write(save_file: Path, result: Evaluated, page: str | None = None,
         if part.lines:
             atomic_write(_beside(base, f".{name}.jsonl" if name else ".jsonl"), _jsonl(part.lines))
         for suffix, content in part.files.items():
-            path = _beside(base, suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            _write_bytes(_beside(base, suffix), content)
     if page is not None:
         atomic_write(_beside(base, ".html"), page)
     atomic_write(_beside(base, ".json"),
                  json.dumps(result.summary, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or none, as utils.atomic_write does with text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # rename needs one file system
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _beside(base: Path, suffix: str) -> Path:
