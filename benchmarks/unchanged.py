@@ -23,7 +23,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,19 +315,22 @@ def _carry_out(run: Run, checkout: Path, folder: Path) -> tuple[str, str]:
     return _digest(json.dumps(rows).encode()), f"{len(texts)} texts, {len(set(texts))} different"
 
 
-def main() -> None:
-    """Do the runs and print what they gave."""
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, required=True, help="the toolkit's folder")
-    parser.add_argument("--only", default="", metavar="NAME_PREFIX", help="runs named like this")
-    flags = parser.parse_args()
+    parser.add_argument("--checkout", type=Path, required=True, help="folder that has train.py")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="runs whose names start so")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    flags = read_flags(None)
     checkout, runs = flags.checkout.resolve(), _chosen_runs(flags.only)
     if not (checkout / "train.py").is_file():
-        parser.error(f"--checkout {flags.checkout}: no train.py there")
+        sys.exit(f"--checkout {flags.checkout}: no train.py there")
     if not runs:
-        names = " ".join(run.name for run in _all_runs())
-        parser.error(f"--only {flags.only}: no run is named like that; there are {names}")
+        sys.exit(f"--only {flags.only}: no run's name starts so")
     lines = []
     with tempfile.TemporaryDirectory(prefix="unchanged_") as name:
         folder = Path(name)
@@ -338,11 +340,9 @@ def main() -> None:
         with tqdm(runs, unit="run") as bar:  # in order: runs that train come first
             for run in bar:
                 bar.set_postfix_str(run.name)
-                began = time.perf_counter()
                 digests[run.name], what = _carry_out(run, checkout, folder)
-                lines.append((run.name, time.perf_counter() - began, digests[run.name], what))
-    for name, seconds, digest, what in lines:
-        print(f"{name:24} {seconds:6.1f} s   {digest:16}   {what}")
+                lines.append(f"{run.name:24} {digests[run.name]:16}   {what}")
+    print("\n".join(lines))
     print(json.dumps(digests))
 
 

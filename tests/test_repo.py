@@ -56,12 +56,11 @@ def tracked() -> list[str]:
 
 
 def readme_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    return [
-        line.strip()
-        for line in text.splitlines()
-        if re.match(r"\s*(python|accelerate launch .*?) ?\S*\.py ", line)
-    ]
+    """Every command of the README and CONTRIBUTING that runs a script or a tool of this project."""
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")]
+    lines = "\n".join(pages).replace("\\\n", " ").splitlines()
+    ours = r"\s*(?:python|accelerate launch .*?) (?:\S*\.py|-m (?:data|benchmarks)\.\w+)(?: |$)"
+    return [line.strip() for line in lines if re.match(ours, line)]
 
 
 PUBLISHED = [  # these commands work as they stand, on a machine with a GPU and the hub
@@ -104,16 +103,19 @@ def parser_for(script: str, argv: list[str]):
     )
 
 
-@pytest.mark.parametrize("line", readme_commands() or ["none"])
-def test_every_readme_command_parses(line, data_here):
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_of_the_pages_parses(line, data_here):
     words = shlex.split(line, comments=True)
-    script = next(word for word in words if word.endswith(".py"))
-    argv = words[words.index(script) + 1 :]
-    if script in SCRIPTS:
-        args = parse_flags(parser_for(script, argv), argv)
-        assert args.config is None or (ROOT / args.config).is_file()
-    else:
-        assert (ROOT / script).is_file()
+    if "-m" in words:
+        tool = words.index("-m") + 1
+        module = importlib.import_module(words[tool])
+        assert module.read_flags(words[tool + 1 :])
+        return
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, argv = words[place], words[place + 1 :]
+    assert script in SCRIPTS, "a tool is run as python -m"
+    args = parse_flags(parser_for(script, argv), argv)
+    assert args.config is None or (ROOT / args.config).is_file()
 
 
 def imports_of(path) -> set[str]:
