@@ -21,7 +21,8 @@ import yaml
 
 from utils import USAGE, fail
 
-RETIRED_FLAGS = {  # what people still type, and what replaces it
+# What people still type, and what replaces it: flags of older transformers and of other toolkits.
+RETIRED_FLAGS = {
     "warmup_ratio": "use --lr_warmup_steps (updates)",
     "overwrite_output_dir": "use --resume to go on, or another --exp_name",
     "evaluation_strategy": "score finished checkpoints with infer.py and eval.py",
@@ -44,6 +45,7 @@ class Args(argparse.Namespace):
     """
 
     def __init__(self, **values):
+        # Past __setattr__, which refuses every name.
         vars(self).update(values)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -58,6 +60,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(
+            # No abbreviations: one that is clear today is another flag once a method adds its own.
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.ignored: set[str] = set()  # config keys of another script that reads the same file
         self.derivations: list[Callable[[argparse.Namespace], dict]] = []
@@ -81,6 +84,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def unknown(self, name: str, where: str) -> None:
         """Fail over a flag or config key that this parser does not have."""
+        # Before the search for a near name, which would be a wrong guess for these.
         if name in RETIRED_FLAGS:
             fail(USAGE, f"{where} was removed", RETIRED_FLAGS[name])
         near = difflib.get_close_matches(name, config_names(self), n=1)
@@ -89,6 +93,7 @@ class FlagParser(argparse.ArgumentParser):
         fail(USAGE, f"{where} is unknown for this method", hint)
 
     def parse_args(self, argv=None, namespace=None):
+        # argparse's own parse_args lists unknown flags without saying what they may have meant.
         args, rest = self.parse_known_args(argv, namespace)
         for word in rest:
             if word.startswith("--"):
@@ -116,7 +121,8 @@ def number(kind: type, accepts: Callable[[float], bool], rule: str) -> Callable[
             raise argparse.ArgumentTypeError(f"{text} {rule}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse and configs name the type in their messages
+    # argparse and configs name the type in their messages.
+    convert.__name__ = kind.__name__
     return convert
 
 
@@ -133,6 +139,7 @@ share = number(float, lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
 def add_alias(parser: FlagParser, dest: str, option: str, **changes) -> None:
     """Give a flag that is there a second name, also as a config key, and maybe another help."""
     action = parser.action(dest)
+    # argparse has no public way to give a flag another name; two flags would be two values.
     action.option_strings.append(option)
     parser._option_string_actions[option] = action
     vars(action).update(changes)
@@ -167,6 +174,7 @@ def add_server_flags(group, max_connections: int = 8) -> None:
 
 def config_names(parser: FlagParser) -> dict[str, argparse.Action]:
     """The flags of a parser by every name that a config may use for them."""
+    # Of --x and --no-x only the first is a key: a config says x: false.
     return {name: action for action in parser._actions if action.dest not in META
             for name in [action.dest, *(option[2:] for option in action.option_strings
                                         if not option.startswith("--no-"))]}
@@ -179,10 +187,12 @@ def read_config(path: str) -> dict[str, tuple[object, int]]:
         fail(USAGE, f"config {path} is not a file", "give a YAML file; examples are in configs/")
     try:
         text = file.read_text(encoding="utf-8")
+        # Read twice: only the nodes know their lines, and only the values have their types.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         lines = _key_lines(node, path) if isinstance(node, yaml.MappingNode) else {}
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
+    # ValueError: the file is not UTF-8, or holds a date that does not exist.
+    except (yaml.YAMLError, ValueError) as error:
         unsafe = "python/" in str(error)
         problem = "unsafe tag" if unsafe else "not valid YAML"
         marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
@@ -206,6 +216,7 @@ def _key_lines(node, path: str) -> dict[str, int]:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         place = f"{path}:{key.start_mark.line + 1}"
+        # YAML 1.1 reads the keys on, off, yes and no as truth values.
         if key.tag != "tag:yaml.org,2002:str":
             fail(USAGE, f"{place}: a key must be a flag's name, got {key.value!r}",
                  "keys are the names in --help")
@@ -221,15 +232,18 @@ def _apply_config(parser: FlagParser, config: dict[str, tuple[object, int]], pat
     for key, (value, line) in config.items():
         section, _, name = key.replace("-", "_").rpartition(".")
         where = f"{path}:{line}: {key}"
+        # One config may serve training and drawing, so each script skips keys that are the other's.
         if section in parser.ignored or (name in parser.ignored and name not in actions):
             continue
         if name not in actions:
             parser.unknown(name, f'{path}:{line}: key "{key}"')
         action = actions[name]
+        # An empty value stands for None, which only a flag without a default may be.
         if value is not None:
             value = _coerce(action, value, where)
         elif action.default is not None or action.required:
             fail(USAGE, f"{where} has no value", "give one, or delete the line")
+        # As the parser's default: a flag still wins over it, and a required flag counts as given.
         action.required = False
         parser.set_defaults(**{action.dest: value})
 
@@ -248,8 +262,10 @@ def _coerce(action: argparse.Action, value: object, where: str) -> object:
     convert = action.type or str
     try:
         items = value if many else [value]
+        # As text, a bool or a list would pass for the value of a flag that takes any word.
         if any(isinstance(item, (bool, dict, list)) for item in items):
             raise ValueError
+        # Back to text and through the flag's own type, so that both ways accept the same values.
         items = [convert(str(item)) for item in items]
     except argparse.ArgumentTypeError as error:
         fail(USAGE, f"{where}: {error}")
@@ -282,8 +298,10 @@ def first_pass(argv: list[str] | None, *names: str) -> dict[str, object]:
     on them (a method has flags of its own).
     """
     argv = sys.argv[1:] if argv is None else argv
+    # Without --help, which must be answered by the whole parser.
     parser = FlagParser(add_help=False)
     for name in ("config", *names):
+        # A value or none: not known here whether the flag takes one (--interview does not).
         parser.add_argument(f"--{name}", nargs="?", const=True)
     args, _ = parser.parse_known_args(_spell(parser, argv))
     config = read_config(args.config) if args.config else {}
@@ -305,7 +323,8 @@ def parse_flags(parser: FlagParser, argv: list[str] | None) -> Args:
     if config := first_pass(argv)["config"]:
         _apply_config(parser, read_config(config), config)
     args = parser.parse_args(_spell(parser, argv))
-    if args.print_config:  # before anything is derived, so that what is printed can be read again
+    # Before anything is derived, so that what is printed can be read again as a config.
+    if args.print_config:
         flags = dict(vars(args))
         print(yaml.safe_dump({name: flags[name] for name in flags if name not in META}), end="")
         raise SystemExit(0)

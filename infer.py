@@ -17,10 +17,11 @@ from pathlib import Path
 
 import methods
 import utils
-from decoding import outputs, table
+from decoding import outputs, selection, table
 from flags import FlagParser, add_server_flags, first_pass, parse_flags, positive_int
 from utils import UNSCORED, USAGE, fail, warn
 
+# Written into outs/X.json, so that eval.py --show can say what it is given instead of a summary.
 KIND = "outs/responses"
 
 
@@ -55,7 +56,7 @@ def build_parser(method: str) -> FlagParser:
     group.add_argument("--select", choices=["mmr", "dpp", "medoids"],
                        help="how they are chosen (default: dpp)")
     group.add_argument("--min_relevance", "--floor", dest="min_relevance", type=float,
-                       help="least cosine of row and response to be chosen (default: 0.25)")
+                       help=f"least cosine with the row (default: {selection.MIN_RELEVANCE})")
     group = parser.add_argument_group("server")
     group.add_argument("--engine", default="hf", metavar="WHO",
                        help="hf, this machine (default); openai:MODEL or together:MODEL, a server")
@@ -80,6 +81,7 @@ def build_parser(method: str) -> FlagParser:
                        help="refuse test rows that were trained on")
     # A method's own defaults come first: the general ones below are for what is still open.
     methods.load(method, "flags").add_infer_args(parser)
+    # The order matters: beams are counted by num_drawn, which resolve_choice settles.
     for function in (resolve_engine, resolve_choice, table.resolve_decoding, table.resolve_beams):
         parser.derive(function)
     return parser
@@ -89,6 +91,7 @@ def resolve_choice(args) -> dict:
     """--overgenerate and what goes with it; num_drawn is the number of responses drawn per row."""
     num_drawn = args.overgenerate or args.num_response_per_input
     if args.overgenerate is None:
+        # Without a surplus to choose from these flags would silently do nothing.
         if args.select or args.min_relevance is not None:
             fail(USAGE, "--select and --min_relevance choose among responses drawn beyond need",
                  "add --overgenerate M")
@@ -97,7 +100,8 @@ def resolve_choice(args) -> dict:
         fail(USAGE, f"--overgenerate {args.overgenerate} is less than --num_response_per_input "
                     f"{args.num_response_per_input}",
              f"draw more, such as {4 * args.num_response_per_input}")
-    least = 0.25 if args.min_relevance is None else args.min_relevance
+    least = selection.MIN_RELEVANCE if args.min_relevance is None else args.min_relevance
+    # Below 0 is possible: unrelated texts have cosines around 0, on both sides of it.
     if not -1 <= least <= 1:
         fail(USAGE, f"--min_relevance {least} is not a cosine", "-1 lets everything pass")
     return {"num_drawn": num_drawn, "select": args.select or "dpp", "min_relevance": least}
@@ -121,6 +125,7 @@ def resolve_engine(args) -> dict:
 def read_flags(argv: list[str] | None):
     """The flags of infer.py. The method, with flags of its own, is what the checkpoint says."""
     first = first_pass(argv, "method", "model_name_or_path")
+    # run.json is read first, because it says the method, and the method which flags there are.
     run = utils.read_run(first["model_name_or_path"] or utils.EMBEDDED)
     method = first["method"] or run["method"]
     if method not in methods.METHODS:
@@ -133,6 +138,7 @@ def read_flags(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None) -> None:
+    # Another command with flags of its own, so nothing else may be parsed before.
     if first_pass(argv, "interview")["interview"]:
         from persona import interview
 
@@ -153,10 +159,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.interactive:
         return method.talk(engine, drawing)
     warn_of_overlap(rows, run, drawing)
+    # Before prepare_rows, which adds what the model says: --resume compares rows as they were read.
     settings = outputs.settings_of(drawing, rows, engine.run["weights"])
     rows = method.prepare_rows(engine, rows, drawing)
     job = draws.prepare(engine, rows, drawing, method.decode_tree, method.messages)
-    run = engine.run | {"method": args.method}  # a base model draws for the method that was asked
+    # A base model may draw for another method, and the summary names the one that was asked for.
+    run = engine.run | {"method": args.method}
     done = outputs.begin(save_file, KIND, settings, run)
     speed = draws.answer_rows(rows, job, method.clean, drawing, done, save_file)
     figures = outputs.speed_figures(speed, engine.figures(), save_file)
@@ -164,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     outputs.write_summary(save_file, KIND, settings, run, figures)
     print_summary(figures, save_file, drawing)
     method.finish(save_file, figures | {"run": run}, drawing)
+    # Last, because the file and its summary are good as far as they go.
     if figures["failed"]:
         fail(UNSCORED, f"{figures['failed']} responses are missing: the server refused "
                        f"{dict(engine.failed)}",
@@ -171,9 +180,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def trained_run(args) -> dict:
-    """What run.json says of the model; a base model or a server says its name alone."""
+    """run.json of the model; of a base model or a server, only the name is known."""
     if args.engine == "hf":
         return utils.read_run(args.model_name_or_path)
+    # A server does not tell how its model was made, so nothing of it can contradict --method.
     return {"method": args.method, "base_model": args.engine.partition(":")[2], "args": {}}
 
 
@@ -185,7 +195,7 @@ def settle(args, method, run: dict):
 
 
 def fit_length(args, run: dict, limit: int | None) -> int | None:
-    """Tokens in all: as asked, else as in training, and never more than the model has positions."""
+    """Tokens in all: as asked; else as in training, but no more than the model has positions."""
     if args.max_length or not limit:
         return args.max_length
     return min(limit, run["args"].get("max_length", limit))
@@ -204,6 +214,7 @@ def load_engine(args):
 
 def warn_of_overlap(rows: list[dict], run: dict, args) -> None:
     """Tell how many test rows the checkpoint was trained on."""
+    # Hashes of the normalised context alone: the same dialogue with other replies counts, too.
     trained = set(run.get("row_hashes", []))
     overlap = [number for number, row in enumerate(rows, 1) if utils.row_hash(row) in trained]
     if overlap:

@@ -1,10 +1,8 @@
-"""What all rooms share: errors and exit codes, JSONL, whole files and folders, hashes, versions.
-
-Only the standard library is imported, so that `--help` and a bad flag answer in half a second.
-"""
+"""What all rooms share: errors and exit codes, JSONL, whole files and folders, hashes, versions."""
 
 from __future__ import annotations
 
+# Only the standard library, so that --help and a bad flag are answered in half a second.
 import errno
 import hashlib
 import json
@@ -20,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 EMBEDDED = "smollm2"  # the model that comes with the requirements, wherever a model is named
 MAX_SHOWN_ERRORS = 20
 
-# Exit codes; 0 is done, 130 / 143 a signal after which the work is saved.
+# Exit codes. 0 is done; 130, 141 and 143 are 128 + a signal, after which the work is saved.
 BUG = 1  # ours
 USAGE = 2  # bad flag, config or data
 MISSING = 3  # something missing in the environment: package, model, key, GPU, network
@@ -58,7 +56,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception means that the disk or the quota is full."""
     codes = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    # torch and safetensors raise types of their own, without errno
+    # torch and safetensors raise types of their own, without errno.
     marks = ("No space left", "File too large", "file write failed", "os error 28", "os error 27")
     has_mark = any(mark in str(error) for mark in marks)
     return has_mark or (isinstance(error, OSError) and error.errno in codes)
@@ -91,6 +89,7 @@ def parse_line(text: str) -> dict:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
     try:
+        # json reads half a surrogate pair, but no file and no tokenizer takes one later.
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair (a broken \\ud8xx escape)") from None
@@ -139,6 +138,7 @@ def read_jsonl(path: str | Path, check: Callable = lambda row: None) -> list[dic
         else:
             rows.append(row)
     if errors:
+        # The first error comes last, where a user looks: it often explains the others.
         for text in errors[1:MAX_SHOWN_ERRORS]:
             print(f"error: {text}", file=sys.stderr)
         hidden = len(errors) - MAX_SHOWN_ERRORS
@@ -181,8 +181,7 @@ def one_array(data: bytes) -> list | None:
 def check_row(row: dict, candidates: bool = True) -> str | None:
     """What is wrong with a data row, or None.
 
-    A row has `context` (turns joined by newlines, the last one by Person A) or `prompt` (any
-    task), and `candidates`, a list of strings.
+    A row has `context` (a turn a line, the last one by Person A) or `prompt`, and `candidates`.
     """
     kinds = [key for key in ("context", "prompt") if key in row]
     if len(kinds) != 1:
@@ -238,16 +237,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def repair_tail(path: str | Path) -> None:
-    """Make a JSONL file end in a whole line, so that rows can be appended to it.
-
-    A last line that only lacks its newline gets one; a fragment of a row goes to FILE.torn.
-    """
+    """Make a JSONL file end in a whole line; a fragment of a row goes to FILE.torn."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     if not data or data.endswith(b"\n"):
         return
     kept, _, tail = data.rpartition(b"\n")
     try:
+        # Rows are objects, so a fragment of one never parses; a whole one only lacks its newline.
         json.loads(tail.decode("utf-8"))
         with open(path, "ab") as file:
             file.write(b"\n")
@@ -260,6 +257,7 @@ def repair_tail(path: str | Path) -> None:
 
 def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """Append rows, flushed and synced before it returns; NaN is refused, not written."""
+    # All text is made before the file is opened, so a NaN in the last row leaves nothing behind.
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     with open(path, "ab") as file:
         file.write(lines.encode("utf-8"))
@@ -279,6 +277,7 @@ def row_hash(row: dict) -> str:
 
 def row_seed(seed: int, index: int, turn: int = 0) -> int:
     """The seed of a row and a turn of asking, whatever other rows are decoded with it."""
+    # 15 hex digits are 60 bits, which fit into the signed 64 that generators take.
     return int(sha256(f"{seed}-{index}" + (f"-{turn}" if turn else ""))[:15], 16)
 
 
@@ -303,6 +302,7 @@ def missing_files(folder: Path) -> list[str]:
         sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError):
         return ["a readable COMPLETE.json"]
+    # Sizes find what a kill has cut. Hashes of gigabytes would make every resume wait.
     files = [p for p in folder.rglob("*") if p.is_file()]
     present = {str(p.relative_to(folder)): p.stat().st_size for p in files}
     return [name for name, size in sizes.items() if present.get(name) != size]

@@ -20,7 +20,8 @@ import utils
 from decoding.replies import Drawn, Reply, clean_reply
 from modeling.prompts import build_prompt, keep_latest, label_turns
 
-LENGTH = "at most 25 words"  # the hint that an untuned model gets in every prompt
+# The hint that an untuned model gets in every prompt (modeling.prompts.build_prompt).
+LENGTH = "at most 25 words"
 
 
 def shown_turns(row: dict, max_words: int) -> list[str] | None:
@@ -39,6 +40,7 @@ def list_request(row: dict, turns: list[str] | None, number: int, taken: list[st
 
     length: a sentence about how long they should be.
     """
+    # Both words, because a retry may ask for a single one.
     one, several = _words_for(row)
     fresh = "new " if taken else ""
     return "\n\n".join([
@@ -69,7 +71,7 @@ def verbalized_request(row: dict, turns: list[str] | None, number: int, length: 
 
 
 def opening(row: dict, turns: list[str] | None, taken: list[str]) -> list[str]:
-    """The row as every prompt shows it, that it has many answers, and those that are there."""
+    """The row as in any prompt, a sentence that many answers are good, and the replies so far."""
     _, several = _words_for(row)
     parts = [build_prompt(row, turns=turns), f"Many different {several} would be good here."]
     if taken:
@@ -85,6 +87,7 @@ def _write_request(row: dict, turns: list[str] | None, taken: list[str], args) -
                             f"Keep each short, {LENGTH}.")
     if args.decoding == "verbalized":
         return verbalized_request(row, turns, args.num_drawn, f"Keep each short, {LENGTH}.")
+    # iterative: the first reply is asked for as in any prompt, having nothing yet to differ from.
     if not taken:
         return build_prompt(row, None, True, turns)
     return next_request(row, turns, taken, f"Keep it short, {LENGTH}.")
@@ -102,12 +105,14 @@ def fit_request(engine, row: dict, taken: list[str], args) -> tuple[str | None, 
     itself what is too long.
     """
     turns = shown_turns(row, args.max_input_length)
+    # Turns that the limit in words has cut already count as dropped, too.
     dropped = len(label_turns(row["context"])) - len(turns) if turns else 0
     while True:
         text = _write_request(row, turns, taken, args)
         tokens = engine.count_tokens(text)
         if tokens is None or tokens <= args.max_length - _answer_tokens(args):
             return text, dropped
+        # A prompt and the newest turn are never cut: without them there is nothing to answer.
         if not turns or len(turns) == 1:
             return None, dropped
         turns, dropped = turns[1:], dropped + 1
@@ -133,16 +138,19 @@ def draw_in_words(engine, rows: list[dict], args, block: list[int]) -> list[Draw
     sampled afterwards.
     """
     collected = [_Collected() for _ in block]
+    # Bounded, because a model that always writes the same line would be asked for ever.
     rounds = args.max_retries + (args.num_drawn if args.decoding == "iterative" else 1)
     for turn in range(rounds):
         requests = {place: fit_request(engine, rows[index], collected[place].texts, args)[0]
                     for place, index in enumerate(block)
                     if len(collected[place].texts) < args.num_drawn}
-        # earlier replies may leave no room for a further request
+        # Earlier replies are part of a message and may leave no room for a further one.
         requests = {place: text for place, text in requests.items() if text}
         if not requests:
             break
+        # A second greedy request with the same words would get the same answer.
         temperature = 0.0 if args.decoding == "list" and turn == 0 else args.temperature
+        # Turn 0 is the seed of plain sampling, so rounds count from 1.
         seeds = [utils.row_seed(args.seed, block[place], turn + 1) for place in requests]
         places = list(requests)
         for asked in engine.ask(list(requests.values()), seeds, 1, _answer_tokens(args),
@@ -154,6 +162,7 @@ def draw_in_words(engine, rows: list[dict], args, block: list[int]) -> list[Draw
                 row.failed += 1
     if args.decoding == "verbalized":
         for index, row in zip(block, collected, strict=True):
+            # From the row's number and not from the block, so that other blocks draw the same.
             rng = random.Random(f"{args.seed}-{index}")
             row.texts = draw_without_replacement(list(row.weights.items()), rng)[: args.num_drawn]
     return [Drawn(row.texts, row.tokens, row.cut, [], row.failed, row.asked, row.parsed)
@@ -172,24 +181,30 @@ def _read_answer(row: _Collected, reply: Reply, args) -> None:
         pairs = parse_verbalized(reply.text)
         items = [text for text, _ in pairs]
         for text, probability in pairs:
+            # The first probability counts, because those of a later round belong to another list.
             row.weights.setdefault(text, probability)
     items = [item for item in items if item]
     row.tokens += reply.tokens
     row.asked += asked
+    # More items than were asked for do not make up for a list that could not be read.
     row.parsed += min(asked, len(items))
     row.texts = add_new(row.texts, items, args.num_drawn)
 
 
 # ---- reading lists ------------------------------------------------------------------------------
 
+# What stands before an item: bullets and numbers such as "1.", "**2)**", "(3)", "#4:", "- 5.".
 MARKER = re.compile(r"\A\s*(?:(?:[-+*•·–—]|\**[#(]?\d{1,3}(?:[.):]\)?|\s+-))\**(?:\s+|$))+")
+# What may follow it: a short bold title with a colon, or a word such as "Option B:".
 LABEL = re.compile(
     r"\A(?:\*\*[^*]{1,40}:\*\*|\*\*[^*]{1,40}\*\*:"
     r"|(?:answer|reply|response|option|candidate|version)\s*#?(?:\d+|[A-H])?\s*:)\s*",
     re.IGNORECASE)
+# A first line such as "Sure, here are five replies", which is no reply.
 PREAMBLE = re.compile(
     r"(?:sure|certainly|of course|absolutely|okay|here(?:'s| is| are)|below (?:is|are))\b"
     r".*\b(?:list|answers?|repl(?:y|ies)|responses?|options?)\b", re.IGNORECASE)
+# Where a number begins an item on the same line: only behind the end of a sentence.
 INLINE = re.compile(r"(?:^|(?<=[.!?\"”)]))\s*(?=\d{1,2}[.)]\s+\S)")
 NO_ITEM = re.compile(r"\s*(?:```|#+\s|[\[\]]\s*$)")  # a code fence, a heading, a bracket alone
 
@@ -201,7 +216,7 @@ def parse_list(text: str, cut: bool = False) -> list[str]:
     for indented ones, which go on with their item. cut: the answer ended at its token limit, so its
     last item is left out.
     """
-    # some servers leave the reasoning in the answer
+    # Some servers leave the reasoning in the answer, maybe unfinished.
     text = re.sub(r"<think>.*?(?:</think>|\Z)", "", text, flags=re.DOTALL)
     if "\n" not in text.strip() and len(INLINE.findall(text)) > 1:
         text = INLINE.sub("\n", text)  # 1. One. 2. Two. 3. Three.
@@ -210,6 +225,7 @@ def parse_list(text: str, cut: bool = False) -> list[str]:
     items: list[str] = []
     for number, line in enumerate(lines):
         plain = not MARKER.match(line)
+        # Half is enough, because some models write a sentence of explanation below every item.
         if 2 * marked >= len(lines):
             if plain and items and line[0].isspace():
                 items[-1] += " " + line.strip()
@@ -230,11 +246,12 @@ def _clean_item(text: str) -> str:
     if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":
         text = text[1:-1].strip()
     text = clean_reply(text.removesuffix(",") if text.endswith(('",', "”,")) else text)
+    # Once more, since a label may have stood inside the quotes.
     return LABEL.sub("", text, count=1)
 
 
 def add_new(texts: list[str], items: list[str], number: int) -> list[str]:
-    """`texts` with the items it lacks, up to `number`; case and outer punctuation do not count."""
+    """`texts` and the items that are new to it, up to `number`, whatever case and outer marks."""
     known = {utils.normalise(text) for text in texts}
     for item in items:
         if len(texts) < number and utils.normalise(item) not in known:

@@ -19,8 +19,8 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from decoding.sampling import cut_at_end
 from trees import Tree, prefill
 
-# The score of a masked beam. In the first step all beams of a group are identical, so all but one
-# are masked.
+# The score of a masked beam, as in the library. In the first step all beams of a group are
+# identical, so all but one are masked.
 NEVER = -1e9
 
 
@@ -66,6 +66,7 @@ def diverse(
         diversity_penalty=diversity_penalty,
         ready_beams=num_beams,
     )
+    # All beams come back, best first: to `generate` this is a search with one beam a sequence.
     responses = _search(
         model, trees, pad_id, eos_id, max_new_tokens, length_penalty,
         copies=num_beams // len(trees[0].root.children),
@@ -97,6 +98,7 @@ def _search(
         input_ids=input_ids[::num_beams],
         attention_mask=attention_mask[::num_beams],
         past_key_values=cache,
+        # A fresh one: what a checkpoint's own sets (sampling, penalties) would change the search.
         generation_config=GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -148,9 +150,12 @@ def diverse_beam_search(
     if not diversity_penalty > 0:
         raise ValueError(f"diversity_penalty {diversity_penalty} must be above 0")
     beams = _Beams(input_ids, num_beams, num_groups, generation_config)
+    # Private, as is the update of model_kwargs below. But only these helpers of `generate` know how
+    # a model continues from a cache that already holds the context.
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
         origin = beams.step(outputs.logits[:, -1], diversity_penalty, logits_processor)
+        # None stands for the scores, which the criteria of `generate` do not read here.
         if beams.done() or bool(stopping_criteria(beams.input_ids, None).all()):
             break
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -202,20 +207,23 @@ class _Beams:
         """
         device = self.input_ids.device
         logps = logits.float().log_softmax(-1).to(device).view(*self.shape, -1)
+        # Counted anew in every step: only tokens at the same place are avoided, as in the paper.
         taken = torch.zeros_like(logps[:, 0, 0])  # (R, V): how often earlier groups took a token
         origin, token = torch.zeros((2, *self.shape), dtype=torch.long, device=device)
         for g in range(self.shape[1]):
-            if g:  # the first group is free to choose
+            # The first group is free. What adds up are the lowered scores, as in the library.
+            if g:
                 logps[:, g] -= penalty * taken[:, None]
             scores = logps[:, g]
-            if logits_processor:  # some hold a number per sequence of the whole batch
+            # Processors get all beams, because some hold a number per sequence of the whole batch.
+            if logits_processor:
                 every = logits_processor(self.input_ids, logps.flatten(0, 2))
                 scores = every.view_as(logps)[:, g]
             choice = self._choose(g, (scores + self.scores[:, g, :, None]).flatten(1))
-            # a group that is done takes pads, which count as taken: so did the library
+            # A group that is done takes pads, and these count as taken: so they did in the library.
             self.scores[:, g], origin[:, g], token[:, g] = choice.unbind(-1)
             taken.scatter_add_(1, token[:, g], torch.ones_like(self.scores[:, g]))
-        # from a beam's place in its group to its place in the batch
+        # From a beam's place in its group to its place in the batch.
         num_rows, num_groups, size = self.shape
         origin += torch.arange(num_rows * num_groups, device=device).view(num_rows, -1, 1) * size
         origin = origin.flatten()
@@ -227,7 +235,7 @@ class _Beams:
         size = self.shape[2]
         ids = self.input_ids.view(*self.shape, -1)[:, g]  # (R, size, T)
         vocabulary = scores.shape[1] // size
-        # each beam could end in every end token, and `size` others must be left
+        # Each beam could end in every end token, and `size` others must be left.
         best, place = scores.topk(max(2, 1 + len(self.eos_ids)) * size)
         chosen = []
         for row, (row_scores, row_places) in enumerate(
@@ -238,7 +246,8 @@ class _Beams:
                 for score, p in zip(row_scores, row_places, strict=True)
             ]
             chosen.append(self.groups[row][g].advance(options, ids[row]))
-        return torch.tensor(chosen, dtype=torch.float64)  # exact for float32 scores and for ids
+        # float64 is exact for float32 scores and for token ids alike.
+        return torch.tensor(chosen, dtype=torch.float64)
 
     def done(self) -> bool:
         return all(group.done for row in self.groups for group in row)
@@ -250,14 +259,14 @@ class _Beams:
         for row, groups in enumerate(self.groups):
             for g, group in enumerate(groups):
                 group.finish(tails[row, g], self.scores[row, g].tolist())
-            # stable and ascending, then reversed: of equal scores the last one comes first
+            # Stable, ascending, reversed: of equal scores the last comes first, as in the library.
             finished = sorted(
                 (pair for group in groups for pair in group.finished), key=lambda pair: pair[0]
             )
             for score, sequence in finished[::-1][:num_returned]:
                 scores.append(score)
                 sequences.append(sequence)
-        # one end token, where there is room for it, and pads to the longest sequence
+        # One end token, where there is room for it, and pads up to the longest sequence.
         length = min(max(map(len, sequences)) + 1, self.config.max_length)
         end = self.eos_ids[:1] or [self.pad_id]
         padded = [(ids + end + [self.pad_id] * length)[:length] for ids in sequences]
@@ -297,11 +306,12 @@ class _Group:
         for rank, option in enumerate(options):
             if option.token not in self.eos_ids:
                 chosen.append(option)
-            elif rank < self.size:  # an end that is not among the best `size` is not worth keeping
+            # An end that is not among the best `size` options is not worth keeping.
+            elif rank < self.size:
                 self._add(option.score, ids[option.beam].tolist(), length)
             if len(chosen) == self.size:
                 break
-        # a group is done when no running beam can end better than its worst finished one
+        # A group is done when no running beam can end better than its worst finished one.
         if len(self.finished) == self.size:
             attainable = options[0].score / self._best_length(length) ** self.length_penalty
             self.done = self.early_stopping is True or self._worst() >= attainable
@@ -315,6 +325,7 @@ class _Group:
 
     def _best_length(self, length: int) -> int:
         """The length at which a running beam could score best; "never" looks ahead."""
+        # Otherwise the present length stands for all later ones: a rule of thumb of the library.
         looks_ahead = self.early_stopping == "never" and self.length_penalty > 0.0
         return self.max_new_tokens if looks_ahead else length
 

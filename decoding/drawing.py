@@ -41,10 +41,12 @@ def prepare(engine, rows: list[dict], args, decode_tree: Callable, messages: Cal
     """
     decoder = DECODERS[args.decoding]
     if args.engine == "hf":
+        # Only fields that become part of a prompt. What is special to a server is not known here.
         texts = [{key: row[key] for key in ("context", "prompt", "messages", "persona")
                   if key in row} for row in rows]
         refuse_special_tokens(texts, engine.tokenizer, args.test_file, args.new_tokens)
     if decoder.asks:
+        # The first message of a row; later ones also hold replies and are fitted when written.
         requests = [asking.fit_request(engine, row, [], args) for row in rows]
         _refuse_long_rows([text for text, _ in requests], args)
         draw = partial(draw_function(args.decoding), engine, rows, args)
@@ -71,7 +73,8 @@ def _refuse_long_rows(prepared: list, args) -> None:
 
 
 def _compare_branches(tree, args) -> None:
-    """Tell where fewer prompts than branches exist, since equal ones give like responses."""
+    """Tell of fewer different prompts than branches, since equal ones give similar responses."""
+    # The first tree stands for all, since the number of prompts follows from the flags.
     different = len({tuple(child.input_ids) for child in tree.root.children})
     if args.group_numbers == "per_group" and different == 1 < args.num_branches:
         fail(USAGE, f"--group_numbers per_group, but method {args.method} has one prompt for all "
@@ -85,8 +88,9 @@ def _compare_branches(tree, args) -> None:
 
 
 def draw_sampling(engine, trees: list, args, block: list[int]) -> list[Drawn]:
-    """num_drawn samples a row, a branch's worth at a time, each time under a seed of its own."""
+    """num_drawn samples per row, one per branch and round; every round has a seed of its own."""
     forest = [trees[index] for index in block]
+    # A plain tree gives a response per branch, a mixed tree one in all.
     at_once = num_responses(forest)
     turns = [engine.draw(sampling.sample, forest,
                          [utils.row_seed(args.seed, index, turn) for index in block],
@@ -122,6 +126,7 @@ def draw_diverse(engine, trees: list, args, block: list[int]) -> list[Drawn]:
 def _draw_from_server(engine, messages: list[list], args, block: list[int]) -> list[Drawn]:
     """The same prompts through a server: equal ones in one call, different ones one by one."""
     temperature = args.temperature if DECODERS[args.decoding].samples else 0.0
+    # Methods without numbers repeat one message, so one call can ask for all its replies.
     first = messages[block[0]]
     if all(message == first[0] for message in first):
         jobs = [(place, index, messages[index][0], 0) for place, index in enumerate(block)]
@@ -130,11 +135,13 @@ def _draw_from_server(engine, messages: list[list], args, block: list[int]) -> l
         jobs = [(place, index, messages[index][k], k) for place, index in enumerate(block)
                 for k in range(args.num_drawn)]
         at_once = 1
+    # Different messages of a row need different seeds: equal noise would make their replies alike.
     seeds = [utils.row_seed(args.seed, index) + k for _, index, _, k in jobs]
     replies: list[list[Reply]] = [[] for _ in jobs]
     for asked in engine.ask([message for _, _, message, _ in jobs], seeds, at_once,
                             args.max_new_tokens, temperature):
-        replies[asked.index] = asked.replies  # calls finish in any order, rows keep theirs
+        # Calls finish in any order; each reply goes back to the job that it belongs to.
+        replies[asked.index] = asked.replies
     rows: list[list[Reply]] = [[] for _ in block]
     for (place, *_), answered in zip(jobs, replies, strict=True):
         rows[place] += answered
@@ -158,17 +165,21 @@ def answer_rows(rows: list[dict], job: Job, clean: Callable[[str], str], args, d
     Blocks are cut by row number, so a resumed run decodes the very batches of an uninterrupted one.
     Returns seconds (a list, a number per row), tokens and responses.
     """
+    # A finished run that is resumed needs no embedder, which takes seconds to load.
     embedder = load_embedder() if args.overgenerate and done < len(rows) else None
-    # a server works on max_connections calls at a time, however small our own batches are
+    # A server works on max_connections calls at a time, however small our own batches are.
     size = args.batch_size if args.engine == "hf" else max(args.batch_size, args.max_connections)
     speed = {"seconds": [], "tokens": 0, "responses": 0}
+    # A block that was written in part is decoded again as a whole, because rounding depends on the
+    # other rows of a batch.
     first = len(rows) if done >= len(rows) else done // size * size
     with tqdm(total=len(rows), initial=done, unit="row", desc=save_file.stem) as bar:
         for start in range(first, len(rows), size):
             block = list(range(start, min(start + size, len(rows))))
             began = time.time()
             answers = _answer_block(job, block)
-            if not DECODERS[args.decoding].asks:  # items of a list are cleaned as they are read
+            # Items of a list were cleaned when they were read.
+            if not DECODERS[args.decoding].asks:
                 answers = [row._replace(texts=[clean(text) for text in row.texts])
                            for row in answers]
             finished = [_finish_row(rows[index], answer, embedder, args)
@@ -200,15 +211,18 @@ def _answer_block(job: Job, block: list[int]) -> list[Drawn]:
 def _finish_row(row: dict, drawn: Drawn, embedder, args) -> dict:
     """The row with its responses, chosen if more were drawn, and what went wrong with them."""
     preds = drawn.texts
+    # A row may come from another outs file, and then its warnings are about other responses.
     finished = {key: value for key, value in row.items() if key != "warnings"}
     problems = Counter()
     if embedder:
+        # Empty responses cannot be chosen; they would look different from everything.
         full = [text for text in preds if text]
         vectors = embedder.encode([utils.text_of(row), *full])
         relevance = vectors[1:] @ vectors[0]
         wanted = min(args.num_response_per_input, len(full))
         chosen = selection.choose(args.select, vectors[1:], relevance, wanted, args.min_relevance)
         finished["drawn"] = preds
+        # bool, because a sum of NumPy's own type cannot be written as JSON.
         problems["below_floor"] = sum(bool(relevance[i] < args.min_relevance) for i in chosen)
         preds = [full[i] for i in chosen]
     finished["preds"] = preds

@@ -43,11 +43,13 @@ class MixedTree(Tree):
 
 def computed_trees(trees: list[Tree]) -> list[Tree]:
     """All trees that the model computes: these, then the unconditional ones of guided trees."""
+    # All conditioned trees come first, since `guide` cuts the batch into two halves.
     return [*trees, *(tree.uncond for tree in trees if isinstance(tree, GuidedTree))]
 
 
 def num_responses(trees: list[Tree]) -> int:
     """How many responses a tree of this forest gives at once."""
+    # The first tree stands for all: next_logits refuses trees of different kinds.
     return 1 if isinstance(trees[0], MixedTree) else len(trees[0].root.children)
 
 
@@ -56,12 +58,14 @@ def next_logits(trees: list[Tree], logits: Tensor) -> Tensor:
 
     logits (computed trees, N, V): what the model gives after the newest token of every branch.
     """
-    kinds = {type(tree) for tree in trees}  # they differ in the shape of their logits
+    # The kinds differ in the shape of their logits, so a forest must be of one kind.
+    kinds = {type(tree) for tree in trees}
     assert len(kinds) == 1, f"trees of one kind are decoded together, got {kinds}"
     if isinstance(trees[0], GuidedTree):
         return guide(logits, [tree.guidance_scale for tree in trees])
     if isinstance(trees[0], MixedTree):
         weights = torch.stack([tree.weights for tree in trees]).to(logits.device)
+        # One response a row; the axis stays, so that all kinds have the same shape.
         return mix(logits, weights, trees[0].kind)[:, None]
     return logits
 
@@ -80,6 +84,6 @@ def mix(logits: Tensor, weights: Tensor, kind: str) -> Tensor:
     """The logits (rows, V) of a mixture of branches: logits (rows, N, V), weights (rows, N)."""
     weights = weights[..., None]
     if kind == "probs":
-        # in logs, where small probabilities do not vanish
+        # In logs, where small probabilities do not vanish and the log of a weight of 0 is harmless.
         return (logits.log_softmax(-1) + weights.log()).logsumexp(1)
     return (weights * logits).sum(1)

@@ -27,7 +27,7 @@ SPEED = {  # figures of outs/X.json, and the digits that they are rounded to
 
 
 def claim(save_file: str, resume: bool) -> Path:
-    """The file to write, in a folder that is there; dies if it is there already and not resumed."""
+    """The file to write, in a folder that exists; dies if it exists and the run is not resumed."""
     path = Path(save_file)
     if path.suffix != ".jsonl":
         fail(USAGE, f"--save_file {path} must end in .jsonl", f"{path.with_suffix('.jsonl')}")
@@ -39,9 +39,11 @@ def claim(save_file: str, resume: bool) -> Path:
 
 
 def settings_of(args, rows: list[dict], weights: str | None) -> dict:
-    """Everything that what is written depends on, as JSON gives it back: flags, rows, model."""
+    """Everything that the written rows depend on: flags, a hash of the data, the weights."""
     flags = dict(vars(args))
     compared = {name: flags[name] for name in flags if name not in RUN_FLAGS}
+    # Through JSON and back, because the settings are compared with those in a file, where a tuple
+    # is a list and every key a string.
     return json.loads(json.dumps(compared | {
         "data_sha256": utils.sha256(json.dumps(rows, sort_keys=True))[:16], "weights": weights}))
 
@@ -66,12 +68,14 @@ def begin(save_file: Path, kind: str, settings: dict, run: dict) -> int:
     if not before:
         fail(USAGE, f"--resume: {summary_file} does not say what {save_file} was made with",
              "give another --save_file")
+    # A kill may have torn the last line; that row is drawn again, with the same result.
     utils.repair_tail(save_file)
     return len(read(save_file))
 
 
 def read(save_file: Path) -> list[dict]:
     """The rows that are written."""
+    # Bytes, because str.splitlines also splits at characters that may stand inside a JSON string.
     return [json.loads(line) for line in save_file.read_bytes().split(b"\n") if line.strip()]
 
 
@@ -82,6 +86,7 @@ def count_problems(save_file: Path) -> dict:
     for problem in ("empty", "cut", "missing", "failed", "below_floor"):
         figures[problem] = sum(row.get("warnings", {}).get(problem, 0) for row in rows)
     if asked := sum(row.get("asked", 0) for row in rows):
+        # Over all rows together: a mean of rates would weigh one request of a row like ten.
         figures["parse_rate"] = round(sum(row["parsed"] for row in rows) / asked, 4)
     return figures
 
@@ -96,6 +101,7 @@ def speed_figures(speed: dict, of_engine: dict, save_file: Path) -> dict:
         before = utils.made_by(save_file)
         return {name: value for name, value in before.items() if name not in HEADER}
     total = sum(speed["seconds"])
+    # The median and the 95th percentile as well: single slow rows hide in a mean.
     values = (np.mean(speed["seconds"]), np.median(speed["seconds"]),
               np.percentile(speed["seconds"], 95), speed["responses"] / total,
               speed["tokens"] / total)

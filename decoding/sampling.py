@@ -38,8 +38,9 @@ class GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, T), (B, V)
         shape = (self.per_row, scores.shape[-1])
-        # on the CPU, so that a seed gives the same draws on every device
+        # Drawn on the CPU, so that a seed gives the same responses on every device.
         noise = torch.cat([torch.empty(shape).exponential_(generator=g) for g in self.generators])
+        # -log of an exponential variate is a Gumbel variate. bf16 logits would have many ties.
         return scores.float() - noise.log().to(scores.device)
 
 
@@ -78,7 +79,7 @@ def sample(
     """
     processors = warpers(temperature, top_p, top_k, min_p, typical_p, top_n_sigma)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    # after the filters: what they mask stays at -inf, whatever the noise
+    # Last, because what the filters mask must stay at -inf, whatever the noise.
     processors.append(GumbelNoise(generators, num_responses(trees)))
     return complete(model, trees, pad_id, eos_id, max_new_tokens, processors)
 
@@ -92,8 +93,10 @@ def warpers(
     top_n_sigma: float = 0.0,
 ) -> LogitsProcessorList:
     """The filters of sampling, in the library's order."""
+    # The order changes the result: top_p, for one, counts the mass that top_k has left.
     processors = LogitsProcessorList()
-    if top_n_sigma:  # before the temperature, see TopNSigma
+    # Before the temperature, which would change the logits that the rule looks at.
+    if top_n_sigma:
         processors.append(TopNSigma(top_n_sigma))
     processors.append(TemperatureLogitsWarper(temperature))
     if top_k:
@@ -132,16 +135,18 @@ def complete(
     """
     branches = Branches(model, computed_trees(trees), pad_id)
     rows, n = len(trees), num_responses(trees)
+    # copies is 2 for guided trees, whose unconditional branches are computed, too, else 1.
     copies, num_branches = len(branches.logits) // rows, branches.num_branches
     tokens = torch.empty((rows * n, 0), dtype=torch.long, device=branches.logits.device)
     ended = torch.zeros(rows * n, dtype=torch.bool, device=tokens.device)
     while tokens.shape[1] < max_new_tokens and not ended.all():
+        # Fed here and not after the choice below: the last tokens would be computed for nothing.
         if tokens.shape[1]:
-            # all branches of a mixed tree read the token that was chosen for them together
+            # All branches of a mixed tree read the token that was chosen for them together.
             newest = tokens[:, -1].view(rows, n).expand(rows, num_branches)
             branches.feed(newest.repeat(copies, 1))
         scores = processors(tokens, next_logits(trees, branches.logits).flatten(0, 1))
-        # a branch that has ended is fed pads until the others have ended, too
+        # A branch that has ended is fed pads until the others have ended, too.
         token = scores.argmax(-1).masked_fill(ended, pad_id)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
         ended |= token == eos_id

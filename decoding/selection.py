@@ -16,8 +16,6 @@ Shapes: M responses, D dimensions.
 from __future__ import annotations
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 BALANCE = 0.5  # mmr's weight of relevance against difference
 # Of the test set's own replies 99 % are at least as relevant, of other rows' replies 14 %.
@@ -58,12 +56,12 @@ def dpp(embeddings: np.ndarray, relevance: np.ndarray, number: int) -> list[int]
     kernel = embeddings @ embeddings.T
     residual = np.diag(kernel).astype(float).copy()  # squared length outside the span
     parts = np.zeros((number, len(kernel)))
-    # alone, all responses have the same volume, so relevance decides on the first
+    # Alone, all responses have the same volume, so relevance decides on the first.
     chosen = [int(relevance.argmax())]
     while len(chosen) < number:
         step, last = len(chosen) - 1, chosen[-1]
         overlap = kernel[last] - parts[:step, last] @ parts[:step]
-        # equal responses leave a residual of 0
+        # Equal responses leave a residual of 0, by which nothing may be divided.
         parts[step] = overlap / np.sqrt(max(residual[last], 1e-12))
         residual -= parts[step] ** 2
         residual[chosen] = -np.inf
@@ -73,8 +71,13 @@ def dpp(embeddings: np.ndarray, relevance: np.ndarray, number: int) -> list[int]
 
 def medoids(embeddings: np.ndarray, relevance: np.ndarray, number: int) -> list[int]:
     """One response of each of `number` clusters, those of large clusters first."""
+    # Imported here because it takes a quarter of a second, and infer.py --help reads MIN_RELEVANCE.
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
     distance = np.clip(1 - embeddings @ embeddings.T, 0, None)  # rounding can go below 0
     np.fill_diagonal(distance, 0)
+    # Every response is a cluster; `linkage` refuses a single one.
     if number == len(distance):
         return list(range(number))
     tree = linkage(squareform(distance, checks=False), "average")
@@ -82,7 +85,7 @@ def medoids(embeddings: np.ndarray, relevance: np.ndarray, number: int) -> list[
     clusters = [np.flatnonzero(label == c) for c in np.unique(label)]
     clusters.sort(key=lambda members: (-len(members), members[0]))
     chosen = [int(c[distance[np.ix_(c, c)].sum(1).argmin()]) for c in clusters]
-    # merges at equal heights can leave fewer clusters than asked for
+    # Merges at equal heights can leave fewer clusters than asked for.
     for extra in np.argsort(-relevance, kind="stable").tolist():
         if len(chosen) < number and extra not in chosen:
             chosen.append(extra)

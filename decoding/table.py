@@ -18,8 +18,8 @@ from utils import USAGE, fail, info
 class Flag(NamedTuple):
     """A flag that only some decodings know.
 
-    default: what it is where it is not given. The parser itself holds None, so that a flag that is
-    given although it does nothing can be told from one that is not.
+    default: its value if it is not given. The parser itself holds None, so that a flag that is
+    given in vain can be told from one that was left out.
     server: whether an OpenAI-compatible server takes it.
     """
 
@@ -48,6 +48,7 @@ class Decoder(NamedTuple):
     samples: bool = True
 
 
+# top_p 0 and min_p 1 would leave one token, which is greedy decoding under another name.
 _at_most_1 = number(float, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
 _below_1 = number(float, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
@@ -56,6 +57,7 @@ FILTERS = (
     Flag("top_k", natural, 0, "keep the k best tokens, 0 is off (default)"),
     Flag("min_p", _below_1, 0.0,
          "drop tokens below this share of the best one, 0 is off (default)"),
+    # OpenAI-compatible servers have no common field for the last two.
     Flag("typical_p", _at_most_1, 1.0, "mass of locally typical tokens, 1 is off (default)",
          server=False),
     Flag("top_n_sigma", non_negative, 0.0,
@@ -66,6 +68,8 @@ BEAMS = (
     Flag("length_penalty", float, 1.0,
          "scores are divided by length to this power (default: 1)"),
 )
+# The defaults are those of the code of arXiv:2412.03343, whose diverse search uses possibility
+# number 1 alone; per_group is ours.
 GROUPS = (
     Flag("num_beam_groups", positive_int, None,
          "groups that avoid each other (default: one per beam)"),
@@ -79,6 +83,7 @@ RETRIES = (
     Flag("max_retries", natural, 3, "further rounds where replies are missing (default: 3)"),
 )
 
+# In the order of --help. The ways of asking share one function, which looks at args.decoding.
 DECODERS = {
     "sampling": Decoder("drawing.draw_sampling", FILTERS),
     "greedy": Decoder("drawing.draw_greedy", samples=False),
@@ -109,6 +114,7 @@ def draw_function(decoding: str) -> Callable:
 
 def add_decoding_flags(parser) -> None:
     """--decoding, and a group of flags for every set of decodings that share them."""
+    # By the set of decodings, so that a flag of several decodings is listed once.
     groups: dict[tuple[str, ...], object] = {}
     for flag in all_flags().values():
         users = tuple(decodings_with(flag.name))
@@ -127,10 +133,13 @@ def resolve_decoding(args: Args) -> dict:
         if given is not None and args.decoding not in decodings_with(name):
             fail(USAGE, f"--{name} does nothing with --decoding {args.decoding}",
                  f"drop it, or use {' or '.join(decodings_with(name))}")
+        # Flags of other decodings get their defaults, too: code may read every flag without asking.
         values[name] = flag.default if given is None else given
+    # Only a note: --temperature is a general flag and stands in many configs.
     if args.temperature is not None and not DECODERS[args.decoding].samples:
         info(f"--decoding {args.decoding} does not sample, so --temperature has no effect")
     values["temperature"] = 1.0 if args.temperature is None else args.temperature
+    # In this form it also refuses nan, with which every comparison is false.
     if not 0 < values["temperature"] < math.inf:
         fail(USAGE, f"--temperature {args.temperature} with --decoding {args.decoding} "
                     "must be above 0",
@@ -166,6 +175,7 @@ def check_server(args: Args) -> None:
         fail(USAGE, f"--decoding {args.decoding} does not work through a server",
              "--engine hf, or another --decoding")
     for flag in FILTERS:
+        # The defaults are filled in by now, and asking a server for what is off does no harm.
         if not flag.server and vars(args)[flag.name] != flag.default:
             fail(USAGE, f"--{flag.name} does not work through a server",
                  "--engine hf, or --top_p, --top_k, --min_p")

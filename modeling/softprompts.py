@@ -23,7 +23,7 @@ from torch.nn import functional as F
 FIRST_VIRTUAL = 1 << 24  # no vocabulary is that large
 KIND = "SELECTIVE_PROMPT_TUNING"  # peft_type in adapter_config.json
 # Share of the mean context that is added back after centring. With 0 the retriever cannot learn
-# that one prompt suits most contexts.
+# that one prompt suits most contexts, and chose worse than blindly for new people (README.md).
 COMMON = 0.5
 
 
@@ -46,13 +46,16 @@ class SoftPrompts(nn.Module):
             config["num_prompts"], config["prompt_length"], words.weight.shape
         )
         device = words.weight.device
+        # Float32 in both cases, also over a bf16 model, whose 8 bits would swallow small updates.
         if config["prompt_init"] == "vocab":  # rows of random words (Lester et al., 2104.08691)
             ids = torch.randint(size, (count, length), device=device)
             start = words.weight.detach()[ids].float()
         else:
+            # Standard normal, as published. Such rows are far larger than the embeddings of words.
             start = torch.randn(count, length, dim, device=device)
         self.prompts = nn.Parameter(start.clone())
         self.retriever = Retriever(dim, config["retriever"], config["shared_head"]).to(device)
+        # A buffer, so that it is saved and moved with the module, but not trained.
         self.register_buffer("centre", torch.zeros(dim, device=device))
 
     @property
@@ -61,7 +64,8 @@ class SoftPrompts(nn.Module):
         return self.words.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        virtual = input_ids >= FIRST_VIRTUAL  # both tables are read, each with ids that it has
+        # Both tables are read at every place, each with an id that it has.
+        virtual = input_ids >= FIRST_VIRTUAL
         words = self.words(input_ids.masked_fill(virtual, 0))
         rows = F.embedding((input_ids - FIRST_VIRTUAL).clamp(min=0), self.prompts.flatten(0, 1))
         return torch.where(virtual[..., None], rows.to(words.dtype), words)
@@ -83,6 +87,7 @@ class SoftPrompts(nn.Module):
         Raw embeddings of contexts are nearly parallel, so one prompt would be chosen for all.
         """
         ids = [torch.tensor(context, device=self.centre.device) for context in contexts]
+        # One context at a time, because a padded batch of a thousand would have to fit into memory.
         means = [self.words(context).float().mean(0) for context in ids]
         self.centre.copy_(torch.stack(means).mean(0))
 
@@ -115,8 +120,10 @@ class Retriever(nn.Module):
                 dim, nhead=4, dim_feedforward=2 * dim, dropout=0.0, batch_first=True,
                 norm_first=True,
             )
+            # Nested tensors do not work with norm_first; left on, torch warns at every start.
             self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(dim, dim)
+        # The paper describes two heads, its code shares one.
         self.prompt_head = None if shared_head else nn.Linear(dim, dim)
 
     def pool(self, rows: Tensor, mask: Tensor) -> Tensor:
@@ -130,6 +137,7 @@ class Retriever(nn.Module):
         """Scores (B, K). words (B, T, d) are centred; COMMON of the centre is added back."""
         full = torch.ones(prompts.shape[:2], dtype=torch.bool, device=prompts.device)
         key = (self.prompt_head or self.head)(self.pool(prompts, full))  # (K, d)
+        # The centre is normalised like the pooled context, else COMMON would not be a share of it.
         context = self.pool(words, mask) + COMMON * F.layer_norm(centre, centre.shape)
         query = self.head(context)  # (B, d)
         cosine = F.cosine_similarity(query[:, None], key[None], dim=-1)
@@ -138,7 +146,8 @@ class Retriever(nn.Module):
 
 def attach(model, config: dict, state: dict[str, Tensor] | None = None):
     """Freeze a model and give it soft prompts, new or saved ones; it is changed in place."""
-    model.requires_grad_(False)  # before the prompts are there, which are to be trained
+    # Before the prompts are put in, since these are to be trained.
+    model.requires_grad_(False)
     soft = SoftPrompts(model.get_input_embeddings(), config)
     if state is not None:
         _load_state(soft, state)
@@ -156,6 +165,7 @@ def save(model, folder: str | Path) -> None:
     soft, folder = soft_prompts(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(soft.state(), folder / "adapter_model.safetensors")
+    # checkpoints.finish_adapter fills in the base's name, which is not known here.
     config = {"peft_type": KIND, "base_model_name_or_path": None, **soft.config}
     text = json.dumps(config, indent=1)
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -184,6 +194,7 @@ def _read_state(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _load_state(soft: SoftPrompts, state: dict[str, Tensor]) -> None:
+    # Not strict, because the frozen words are part of the module but not of a checkpoint.
     missing, unknown = soft.load_state_dict(state, strict=False)
     foreign = [*unknown, *(name for name in missing if not name.startswith("words."))]
     assert not foreign, f"not soft prompts: {foreign}"

@@ -21,6 +21,8 @@ Shapes: T packed tokens, S scored tokens, P distinct positions whose logits are 
 vocabulary.
 """
 
+# register() is left out: importing this package must not change transformers. Whoever loads a model
+# takes it from trees.attention and calls it there.
 from trees.attention import attention_mask, mask_mod
 from trees.growing import Branches, left_pad, prefill
 from trees.packing import pack, split, to_device
@@ -49,6 +51,7 @@ from trees.tree import (
     walk,
 )
 
+# Spelt out, so that ruff can tell a re-export from an import that nothing uses (F401).
 __all__ = [
     "CONTEXT",
     "LIKELIHOOD",

@@ -15,7 +15,8 @@ BY_TREE = "sdpa_by_tree"  # the name under which transformers knows sdpa_by_tree
 def register() -> None:
     """Make `sdpa_by_tree` known to transformers; to be called before a model is set to use it."""
     AttentionInterface.register(BY_TREE, sdpa_by_tree)
-    # for a 2-D mask, as generate has it, transformers makes what it makes for SDPA
+    # generate passes a 2-D mask. transformers turns it into the 4-D mask of an attention only under
+    # names that have a mask function.
     AttentionMaskInterface.register(BY_TREE, sdpa_mask)
 
 
@@ -27,6 +28,7 @@ def attention_mask(last: Tensor, implementation: str = "sdpa"):
     """
     if implementation == "flex_attention":
         length = len(last)
+        # None for batch and heads: one rule holds for all of them.
         return create_block_mask(mask_mod(last), None, None, length, length, device=last.device)
     index = torch.arange(len(last), device=last.device)
     query, key = index[:, None], index[None, :]
@@ -58,10 +60,11 @@ def sdpa_by_tree(
     """
     if tree_lengths is None:  # a padded batch or one with a cache: there are no trees to tell apart
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # pack lays the trees one after the other, so a tree is a slice of the row.
     outputs, start = [], 0
     for length in tree_lengths:
         tree = slice(start, start + length)
-        # of the mask only a tree's own block is used: outside of it nothing may attend
+        # Only the block of this tree is cut out of the mask: outside of it nothing may attend.
         output, _ = sdpa_attention_forward(
             module,
             query[:, :, tree],
@@ -72,4 +75,5 @@ def sdpa_by_tree(
         )
         outputs.append(output)
         start += length
+    # None stands for the attention weights, which SDPA does not return.
     return torch.cat(outputs, 1), None

@@ -13,9 +13,9 @@ class Branches:
     """The branches of several trees while they grow together, each context in the cache only once.
 
     A row of the batch is a tree: its context, then the ends of its prompts, then a token of every
-    branch per step. A branch's token sees its context and its own branch; `owner` says to whom a
-    cached token belongs. Copying the context for every branch would cost N times the cache, read
-    and moved at every step.
+    branch per step. A branch's token sees its context and its own branch; `owner` says which
+    branch a cached token belongs to. Copying the context for every branch would cost N times the
+    cache, read and moved at every step.
     logits (rows, N, V), float32, are those that follow the newest token of every branch.
     """
 
@@ -31,12 +31,16 @@ class Branches:
         end_ids, end_mask = left_pad(ends, pad_id, device)  # (rows x N, E)
         width = end_ids.shape[1]
         self.cache = DynamicCache()
-        if context_ids.shape[1]:  # roots without tokens leave nothing to share
+        # Roots without tokens leave nothing to share, as with soft prompts, which stand before the
+        # message; and a model cannot run zero tokens.
+        if context_ids.shape[1]:
             self.cache = model(
                 input_ids=context_ids,
                 attention_mask=context_mask,
+                # Pads get position 0: -1 is no row of a learned position table such as GPT-2's.
                 position_ids=(context_mask.cumsum(-1) - 1).clamp(min=0),
                 past_key_values=self.cache,
+                # Not 0, which means the logits of all positions; those of a context are not needed.
                 logits_to_keep=1,
                 use_cache=True,
             ).past_key_values
@@ -44,8 +48,11 @@ class Branches:
         self.owner = torch.where(context_mask.bool(), self.CONTEXT, self.NOBODY)
         self.branch = torch.arange(self.num_branches, device=device)
         lengths = context_mask.sum(-1, keepdim=True)  # (rows, 1)
+        # A branch goes on where the tokens of its own context end, not where the padded row ends.
         position = lengths.repeat_interleave(self.num_branches, 0) + end_mask.cumsum(-1) - 1
         owner = torch.where(end_mask.bool(), self.branch.repeat(rows)[:, None], self.NOBODY)
+        # The ends of a row lie side by side, `width` columns each, padded on the left, so the last
+        # column of each holds the newest token of its branch.
         last = torch.arange(1, self.num_branches + 1, device=device) * width - 1
         self.next_position = lengths + end_mask.sum(-1).view(rows, -1)  # (rows, N)
         self.logits = self._forward(
@@ -59,6 +66,7 @@ class Branches:
     def feed(self, tokens: Tensor) -> None:
         """Add a token to every branch: tokens (rows, N)."""
         owner = self.branch.expand_as(tokens)
+        # keep = 0 keeps all logits: each of the N tokens is the newest of its branch.
         self.logits = self._forward(tokens, self.next_position, owner, self.branch, 0)
         self.next_position = self.next_position + 1
 
@@ -72,6 +80,7 @@ class Branches:
         column = torch.arange(self.owner.shape[1], device=owner.device)
         seen = self.owner[:, None] == self.CONTEXT
         seen = seen | (self.owner[:, None] == branch[:, None])  # (rows, q, keys)
+        # Within one call the order of columns is the order of time, as in any causal mask.
         mask = seen & (column <= cached + torch.arange(len(branch), device=owner.device)[:, None])
         return self.model(
             input_ids=input_ids,
@@ -104,6 +113,7 @@ def prefill(
         logits_to_keep=1,
         use_cache=True,
     ).past_key_values
+    # Copied after the forward call: a context is computed once, however many sequences follow it.
     cache.batch_repeat_interleave(num_branches * copies)
     ends = [child.input_ids for tree in trees for child in tree.root.children]
     end_ids, end_mask = left_pad(ends, pad_id, model.device)

@@ -24,6 +24,7 @@ def score(model, batch: Batch) -> Tensor:
     """
     logits, place = score_logits(model, batch)
     targets = batch["input_ids"][0, batch["token"]]
+    # Not log_softmax(logits)[place, targets], which would hold a second matrix of shape (P, V).
     return logits[place, targets] - logits.logsumexp(-1)[place]
 
 
@@ -34,23 +35,30 @@ def score_logits(model, batch: Batch) -> tuple[Tensor, Tensor]:
     not computed.
     """
     parents = batch["parent"][batch["token"]]
+    # Siblings begin after the same token, so its logits are asked for once for all of them.
     positions, place = torch.unique(parents, return_inverse=True)  # (P,), (S,)
-    if not len(positions):  # nothing to score; keep the graph, so that DDP sees every parameter
+    # With nothing to score one position is computed all the same: DDP expects a gradient for every
+    # parameter in every step.
+    if not len(positions):
         positions = batch["parent"].new_zeros(1)
-    # computed are the tokens that another token sees, and those that predict one
+    # Tokens that no other token sees need no computation: they are the last ones of the leaves.
     last = batch["last"]
     inner = last != torch.arange(len(last), device=last.device)
+    # This matters for the stand-in above only: what predicts a token has that token below it.
     inner[positions] = True
     rank = inner.cumsum(0) - 1  # a token's index among those computed
     implementation = extract_model_from_parallel(model).config._attn_implementation
     options = {}
     if implementation == BY_TREE:
+        # A tree starts where a token has no parent. To attention, the children of a root without
+        # tokens are trees of their own.
         starts = (batch["parent"][inner] == -1).nonzero().flatten().tolist()
         ends = [*starts[1:], int(inner.sum())]
         options["tree_lengths"] = [e - s for s, e in zip(starts, ends, strict=True)]
     logits = model(
         input_ids=batch["input_ids"][:, inner],
         position_ids=batch["position_ids"][:, inner],
+        # `last` may name a token that was left out; its rank is that of the computed one before it.
         attention_mask=attention_mask(rank[last[inner]], implementation),
         logits_to_keep=rank[positions],
         use_cache=False,
@@ -70,6 +78,7 @@ def score_in_parts(model, batch: Batch, max_leaves: int, max_tokens: int) -> Ten
         return score(model, batch)
     if not torch.is_grad_enabled():  # nothing to be computed again
         return torch.cat([score(model, part) for part in parts])
+    # The reentrant variant would give no gradients: none of its inputs is a tensor that needs them.
     return torch.cat([checkpoint(score, model, part, use_reentrant=False) for part in parts])
 
 
@@ -111,6 +120,7 @@ def score_forest(
     scored = []
     for block in _blocks(forest, max_tokens):
         batch = to_device(pack(block), model.device)
+        # None means no bound, and a row never has more leaves than tokens.
         logps = score_in_parts(model, batch, max_leaves or len(batch["last"]), max_tokens)
         scored += _by_tree(logps, batch)
     return scored
@@ -132,7 +142,7 @@ def _blocks(forest: Iterable[Tree], max_tokens: int) -> Iterator[list[Tree]]:
 
 def _by_tree(logps: Tensor, batch: Batch) -> list[ScoredTree]:
     """The log-probabilities (S,) of a packed batch, tree by tree."""
-    # the packing is depth first, so the scored tokens of a tree are neighbours
+    # The packing is depth first, so the scored tokens of a tree are neighbours.
     columns = {name: batch[name].cpu() for name in ("role", "weight", "branch", "token", "row")}
     last = batch["last"].cpu()[columns["token"]]
     sizes = torch.bincount(columns["row"], minlength=batch["num_rows"]).tolist()
@@ -166,7 +176,7 @@ def _path_sums(
 ) -> tuple[Tensor, Tensor]:
     """leaf_sums of tokens (S,) with the ends (S,) of their subtrees, by the attention rule."""
     leaf = (token == last).nonzero().flatten()
-    # a scored token is on the path to a leaf exactly if the leaf may attend to it
+    # A scored token is on the path to a leaf exactly if the leaf may attend to it.
     on_path = (token[None, :] <= token[leaf][:, None]) & (token[leaf][:, None] <= last[None, :])
     return branch[leaf], (on_path.to(values.dtype) * values).sum(1)
 
@@ -183,6 +193,7 @@ def score_rows(model, forest: list[Tree], pad_id: int = 0) -> Tensor:
     input_ids = torch.tensor(ids, device=model.device)  # (B, L)
     mask = torch.tensor([[1] * (length - pad) + [0] * pad for pad in padding], device=model.device)
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
+    # At least float32; a float64 model, as the tests use for exact gradients, keeps its precision.
     logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     place = [(i, t) for i, row in enumerate(rows) for t in row["scored"]]
     sequence, token = torch.tensor(place, device=model.device).T

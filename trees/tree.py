@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-CONTEXT, LIKELIHOOD, UNLIKELIHOOD = 0, 1, 2  # the role of a segment's tokens in a loss
+# The role of a segment's tokens in a loss: plain numbers, because `pack` makes a tensor of them.
+CONTEXT, LIKELIHOOD, UNLIKELIHOOD = 0, 1, 2
 
 
 @dataclass
@@ -57,7 +58,7 @@ def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) 
     if branches is None:
         assert all(p == prompts[0] for p in prompts), "different prompts need branch labels"
         return Segment(prompts[0])
-    # every branch keeps a token: its reply's first logits stand there
+    # Every branch keeps a token of its own, because the logits of its first new token stand there.
     shared = min(shared, min(len(p) for p in prompts) - 1)
     ends = [Segment(p[shared:], branch=b) for p, b in zip(prompts, branches, strict=True)]
     return Segment(prompts[0][:shared], children=ends)
@@ -66,7 +67,8 @@ def branch_prompts(prompts: list[list[int]], branches: list[int] | None = None) 
 def prefix_clash(sequences: list[list[int]]) -> tuple[int, int] | None:
     """Indices (i, j) of a sequence that equals or starts another one; None if prefix-free."""
     order = sorted(range(len(sequences)), key=lambda i: sequences[i])
-    # sorted, the sequences that start with sequence i follow it at once, so neighbours suffice
+    # In sorted order, the sequences that start with sequence i follow it at once, so comparing
+    # neighbours is enough.
     for i, j in zip(order, order[1:], strict=False):
         if sequences[j][: len(sequences[i])] == sequences[i]:
             return i, j
@@ -83,17 +85,20 @@ def target_trie(sequences: list[list[int]], weights: list[float]) -> list[Segmen
     """
     clash = prefix_clash(sequences)
     if clash:
+        # trees/ knows no files; a caller that does asks prefix_clash first and names the place.
         raise ValueError(f"sequence {clash[0] + 1} equals or starts sequence {clash[1] + 1}")
 
     def grow(members: list[int], start: int) -> list[Segment]:
         """The segments of sequences that agree up to start, one per next token."""
-        by_token: dict[int, list[int]] = {}  # a sequence that has ended here would be a clash
+        # All members have a token here, since one that had ended would be a clash. A dict keeps the
+        # order of insertion, so the same targets give the same tree.
+        by_token: dict[int, list[int]] = {}
         for i in members:
             by_token.setdefault(sequences[i][start], []).append(i)
         segments = []
         for group in by_token.values():
             first, end = sequences[group[0]], start + 1
-            # a segment goes on as long as the whole group agrees
+            # A segment goes on as long as the whole group agrees.
             while end < len(first) and all(sequences[i][end] == first[end] for i in group):
                 end += 1
             is_leaf = len(group) == 1
@@ -127,6 +132,8 @@ def ordinary_rows(tree: Tree) -> list[dict]:
     Each row has input_ids (list), scored (indices into the row), weight (lists), role and branch.
     """
     rows = []
+    # One row per scored segment and not per leaf: the row of a leaf would score the segments above
+    # it again for every leaf below them.
     for path in walk(tree.root):
         segment = path[-1]
         if segment.role == CONTEXT:
