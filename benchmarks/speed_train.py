@@ -44,7 +44,7 @@ def measure_training(model_name: str, train_file: str, num_contexts: int) -> dic
 def _training_args(num_replies: int) -> Args:
     """The published peft recipe, with the adapter that Mistral gets, on query, key and value."""
     return Args(
-        method="peft", num_response_per_input=num_replies, max_pos_number=9,
+        method="peft", num_response_per_input=num_replies, replies="first", max_pos_number=9,
         max_num_negatives_per_sample=60, ul_weight=0.5, ul_words="content", no_ul=False,
         numbered_prompts=True, max_length=4000, max_input_length=4000, load_in_4bit=False,
         gradient_checkpointing=False, lora_r=16, lora_alpha=32, lora_dropout=0.0,

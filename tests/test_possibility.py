@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -215,6 +216,32 @@ def test_numbers_depend_on_seed_epoch_and_row_alone_and_are_fresh_every_epoch(to
     assert len({numbers(epoch) for epoch in range(20)}) > 15
     counts = Counter(number for epoch in range(450) for number in numbers(epoch))
     assert set(counts) == set(range(1, 10)) and all(140 < c < 260 for c in counts.values())
+
+
+def test_random_replies_are_other_ones_every_epoch_and_the_same_ones_after_a_resume(tokenizer):
+    """Two of four candidates an epoch: over 40 epochs all six pairs come up."""
+    row, args = DIALOGUES[0], peft_flags(
+        "--replies", "random", "--num_response_per_input", "2", "--no_ul")
+
+    def learnt(epoch: int) -> list[str]:
+        tree = build(training, row, 0, epoch, tokenizer, args)
+        replies = [path[-1] for path in trees.walk(tree.root) if path[-1].role == LIKELIHOOD]
+        return [tokenizer.decode(segment.input_ids[:-1]) for segment in replies]
+
+    epochs = [learnt(epoch) for epoch in range(40)]
+    assert {frozenset(pair) for pair in epochs} == {
+        frozenset(pair) for pair in combinations(row["candidates"], 2)}
+    assert epochs == [learnt(epoch) for epoch in range(40)], "a function of (seed, epoch, row)"
+
+
+def test_the_first_replies_are_taken_without_touching_the_random_numbers(tokenizer):
+    """The published recipe's numbers must not depend on how many candidates a row has."""
+    row, args = DIALOGUES[0], peft_flags("--num_response_per_input", "3")
+    longer = {**row, "candidates": [*row["candidates"], "A fifth one."]}
+    first, second = (
+        [path[-1].input_ids for path in trees.walk(
+            build(training, own, 0, 0, tokenizer, args).root)] for own in (row, longer))
+    assert first == second
 
 
 def test_too_long_drops_the_oldest_turns_and_never_a_reply(tokenizer):

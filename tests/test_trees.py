@@ -26,7 +26,8 @@ from trees import CONTEXT, LIKELIHOOD, UNLIKELIHOOD, Segment, Tree
 def possibility_args(replies: int = 4) -> Args:
     """The published flags of peft, for a tiny model."""
     return Args(
-        method="peft", num_response_per_input=replies, numbered_prompts=True, max_pos_number=9,
+        method="peft", num_response_per_input=replies, replies="first", numbered_prompts=True,
+        max_pos_number=9,
         max_num_negatives_per_sample=50, no_ul=False, ul_weight=0.5, ul_words="content",
         likelihood_only_steps=-1, max_length=500, max_input_length=300,
         load_in_4bit=False, gradient_checkpointing=False,

@@ -14,8 +14,10 @@ def add_train_args(parser: FlagParser) -> None:
     # of --lr_warmup_steps for all other methods
     group = parser.add_argument_group("methods peft, otm, oto", conflict_handler="resolve")
     group.add_argument("--num_response_per_input", type=positive_int,
-                       help="replies per context, the first n of its candidates "
-                            "(default: 4, oto 1)")
+                       help="replies n per context (default: 4, oto 1)")
+    group.add_argument("--replies", choices=["first", "random"], default="first",
+                       help="which n of a row's candidates are learnt: the first, as published "
+                            "(default), or n drawn afresh every epoch")
     group.add_argument("--max_pos_number", type=positive_int, default=9,
                        help="possibility numbers are drawn from 1..M (default: %(default)s)")
     # n replies have n (n - 1) such pairs, so 50 only cuts where there are 8 replies or more

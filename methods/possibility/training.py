@@ -54,7 +54,7 @@ def build_tree(row: dict, tokenizer, args, rng: random.Random) -> Tree | None:
 
     Segments of replies carry the index of the reply as `branch`. None if the row does not fit.
     """
-    replies = row["candidates"][: args.num_response_per_input]
+    replies = _choose_replies(row["candidates"], args, rng)
     encoded = [content_words(reply, tokenizer) for reply in replies]
     room = args.max_length - max(len(ids) for ids, _ in encoded) - 1  # 1 for the end of turn
     # numbers are drawn before the negatives: the order is part of "same seed, same tree"
@@ -94,6 +94,17 @@ save = defaults.save_adapter
 
 
 # ---- what is unlearnt ---------------------------------------------------------------------------
+
+
+def _choose_replies(candidates: list[str], args, rng: random.Random) -> list[str]:
+    """The replies of a row that this epoch learns.
+
+    rng depends on (seed, epoch, row) alone, so that --replies random shows other replies in every
+    epoch and the same ones again after a resume.
+    """
+    count = min(args.num_response_per_input, len(candidates))
+    # "first" must not draw from rng: the numbers of the published recipe come from it
+    return rng.sample(candidates, count) if args.replies == "random" else candidates[:count]
 
 
 def draw_negatives(replies: list[str], limit: int, rng: random.Random) -> list[tuple[int, int]]:
