@@ -37,7 +37,7 @@ def build_parser(method: str) -> FlagParser:
 
 def read_flags(argv: list[str] | None) -> Args:
     """The flags of a command; exits over those that are unknown or contradict each other."""
-    # which other flags there are depends on the method, so it is read first
+    # Which other flags there are depends on the method, so it is read first.
     method = first_pass(argv, "method")["method"] or "peft"
     if method not in TRAINABLE:
         fail(USAGE, f"--method {method} cannot be trained", f"one of {', '.join(TRAINABLE)}")
@@ -79,12 +79,12 @@ def train(method, rows: list[dict], run_dir: Path, args: Args) -> Path | None:
 
     base = model_dir(args.model_name)
     tokenizer = load_tokenizer(base, args.chat_template)
-    # before the method's own tokens are added: rows may hold those
+    # Before the method adds its own tokens, which rows may contain.
     refuse_special_tokens(rows, tokenizer, args.train_file)
     method.prepare_tokenizer(tokenizer, args)
 
-    # every tree is built once before the model is loaded: how many steps an epoch has depends on
-    # the rows that fit
+    # Every tree is built once before the model is loaded, because the number of steps depends on
+    # the rows that fit.
     fitting, counts = preview.rows_that_fit(method, rows, tokenizer, args)
     print(f"method {args.method}: {counts['rows']} rows, {counts['tree_tokens']} tokens as trees, "
           f"{counts['padded_tokens']} as padded rows "
@@ -95,10 +95,10 @@ def train(method, rows: list[dict], run_dir: Path, args: Args) -> Path | None:
 
     set_seed(args.seed)  # before the model: adapters and soft prompts start from random weights
     model = load_model(base, args.attn_implementation, args.load_in_4bit)
-    # prepare_model and describe get all rows: what a method takes from them (a mean, the ratio of a
-    # mixture) does not depend on --max_length
+    # prepare_model and describe get all rows, so that what a method takes from them (a mean, the
+    # ratio of a mixture) does not depend on --max_length.
     model = method.prepare_model(model, tokenizer, rows, args)
-    # after prepare_model: only the prepared model says what flags that were left open came to
+    # After prepare_model: only the prepared model says which values open flags have taken.
     run = runs.describe_run(args, base, fitting, method.describe(model, tokenizer, rows, args))
     checkpoint = runs.find_resume(run_dir, args, run)
     loop = trainer.make_trainer(method, model, tokenizer, fitting, args, run, run_dir)

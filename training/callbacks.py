@@ -33,7 +33,7 @@ class Bar(TrainerCallback):
 
     def on_step_end(self, settings, state, control, **kwargs):
         schedule = self.trainer.schedule
-        # the last update may have fewer micro-steps than the others
+        # The last update may have fewer micro-steps than the others.
         self.bar.update(min(schedule.accumulation, schedule.total - self.bar.n))
         means = {name: f"{value:.3f}" for name, value in self.trainer.means().items()}
         self.bar.set_postfix(means, refresh=False)
@@ -52,8 +52,8 @@ class Signals(TrainerCallback):
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _remember(self, number, frame):
-        # only noted: a save in the middle of an update could not be resumed from. The next signal
-        # does what it does in any program, since an update and its save may take minutes
+        # Only noted, since a save in the middle of an update could not be resumed from. A second
+        # signal acts as in any program, because an update and its save may take minutes.
         self.received = number
         again = signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
         signal.signal(number, again)
@@ -88,15 +88,15 @@ class AfterPass(TrainerCallback):
     def on_step_end(self, settings, state, control, **kwargs):
         passes, trainer = self._passes(), self.trainer
         ended = passes > self.passes
-        # Trainer's own callback comes first and has decided by now whether a save is due
+        # Trainer's own callback comes first and has decided by now whether a save is due.
         if not ended and not control.should_save:
             return
         learnt, figures = trainer.method.after_pass(
             trainer.model, self.forest, self.rows, trainer.flags, control.should_save)
         stop = ended and learnt
         if figures and state.is_world_process_zero:
-            # written before the save that follows: a resumed run is cut back to its checkpoint's
-            # step and reads from "stopped" that there is nothing left to do
+            # Written before the save that follows. A resumed run cuts its log at the checkpoint's
+            # step and reads from "stopped" that there is nothing left to do.
             line = {"step": trainer.micro_step, "stopped": stop, **figures}
             utils.append_jsonl(metrics_file(trainer.run_dir), [line])
         if stop:
@@ -114,7 +114,7 @@ class Checkpoints(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, settings, state, control, **kwargs):
-        # all processes write into the staging folder: their random states, shares of a model
+        # All processes write into the staging folder: their random states, and shares of a model.
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             final = self.trainer.checkpoint_dir()

@@ -5,9 +5,12 @@ from __future__ import annotations
 from flags import FlagParser, natural, non_negative, positive_int, share
 from utils import EMBEDDED, USAGE, fail
 
+# The first one is the default, and that of runs from before there was a choice.
 SCHEDULES = ("constant_with_warmup", "linear", "cosine")
 
 
+# The numbers are the defaults of the code of arXiv:2412.03343. Its published commands give other
+# values for some, such as --learning_rate 5e-5.
 def add_training_args(parser: FlagParser, method: str) -> None:
     """Add the flags; method only gives the run's folder its default name.
 
@@ -18,6 +21,7 @@ def add_training_args(parser: FlagParser, method: str) -> None:
     _add_model_args(parser.add_argument_group("model"))
     _add_optimizer_args(parser.add_argument_group("training"))
     _add_output_args(parser.add_argument_group("output"), method)
+    # First of all derivations, so that a method's own, which run later, can replace both.
     parser.derive(lambda args: {"run_name": args.exp_name, "draw_after": False})
 
 
@@ -44,7 +48,7 @@ def _add_model_args(group) -> None:
                        help="less memory, about a third slower")
     group.add_argument("--chat_template", metavar="FILE",
                        help="Jinja chat template, or none for plain prompts")
-    # unset, these depend on the model's family: modeling.adapters.resolve_lora
+    # If not given, these depend on the model's family: modeling.adapters.resolve_lora.
     group.add_argument("--lora_r", type=positive_int,
                        help="rank (default: 64 for Llama models, else 16)")
     group.add_argument("--lora_alpha", type=non_negative,
@@ -69,6 +73,7 @@ def _add_optimizer_args(group) -> None:
                        help="micro-steps per update (default: 1)")
     group.add_argument("--num_train_epochs", type=positive_int, default=1,
                        help="passes over the rows at most (default: %(default)s)")
+    # Micro-steps, as published: with accumulation there are fewer updates.
     group.add_argument("--max_steps", type=int, default=1000,
                        help="micro-steps at most, -1: no limit (default: %(default)s)")
     group.add_argument("--weight_decay", type=non_negative, default=0.0,

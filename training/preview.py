@@ -29,6 +29,7 @@ def rows_that_fit(method, rows: list[dict], tokenizer, args) -> tuple[list[dict]
         counts["rows"] += 1
         counts["truncated"] += tree.dropped_turns > 0
         counts["tree_tokens"] += trees.num_tokens(tree)
+        # What ordinary rows would cost: every row of a batch is as long as the longest.
         counts["padded_tokens"] += math.prod(trees.padded_shape(tree))
     if counts["dropped"] or counts["truncated"]:
         print(f"{counts['truncated']} rows lost their oldest turns, "
@@ -55,9 +56,10 @@ def print_examples(method, rows: list[dict], tokenizer, args) -> None:
 def _line(segment: Segment, tokenizer) -> str:
     """A segment as text behind its sign; scored tokens with a weight of their own in ‹ ›."""
     tokens = [tokenizer.decode([token]) for token in segment.input_ids]
+    # Marked are only words that were picked out; in a likelihood every token counts.
     weights = segment.weights or [0.0] * len(tokens)
     text = "".join(f"‹{token}›" if weight else token
                    for token, weight in zip(tokens, weights, strict=True))
-    # a prompt is shown as it is laid out, a reply as one line
+    # A prompt is shown with its line breaks, a reply on one line.
     return f"{SIGNS[segment.role]} " + (
         text if segment.role == CONTEXT else text.replace("\n", "\\n"))

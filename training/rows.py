@@ -13,13 +13,14 @@ FILE_TYPES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".gz", ".parquet")
 
 def load_rows(name: str) -> list[dict]:
     """Training rows from a JSONL file, or from the train split of a hub data set."""
-    # owner/name is a hub data set; a mistyped file name shall not be looked up there
+    # owner/name is a hub data set. A mistyped file name must not be looked up there.
     is_file_name = Path(name).suffix in FILE_TYPES or name.count("/") != 1
     if Path(name).exists() or is_file_name:
         return read_jsonl(name, check_row)
     if not os.environ.get("HF_HUB_OFFLINE"):
         go_offline_if_unreachable()
-    import datasets  # here, since it reads HF_HUB_OFFLINE when it is imported
+    # Imported here, because it reads HF_HUB_OFFLINE when it is imported.
+    import datasets
 
     try:
         rows = datasets.load_dataset(name, split="train").to_list()

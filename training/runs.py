@@ -18,14 +18,14 @@ from modeling.models import base_fingerprint
 from training.flags import SCHEDULES
 from utils import USAGE, fail, warn
 
-# a checkpoint goes on only with these as they were
+# A run goes on from a checkpoint only if these are as they were.
 CONFLICTS = ("method", "base_sha256", "data_sha256", "seed", "lora_r", "lora_alpha",
              "lora_target_modules")
-# with others of these it goes on, but ends in other weights than an uninterrupted run
+# If one of these differs it goes on, but ends in other weights than an uninterrupted run.
 WARNINGS = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
             "lr_scheduler_type", "lr_warmup_steps")
 OLDER_RUNS = {"lr_scheduler_type": SCHEDULES[0], "lr_warmup_steps": 0}  # before they were flags
-# how a run was started, not what it is
+# These say how a run was started and not what it is, so run.json leaves them out.
 STARTS = ("resume", "dry_run", "print_config", "config", "allow_data_change")
 
 
@@ -47,6 +47,7 @@ def only_main_process_prints() -> Iterator[None]:
     if is_main_process():
         yield
         return
+    # stderr stays: an error in any process must be seen.
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
@@ -66,6 +67,7 @@ def claim_run_dir(run_dir: Path, resume: str | None) -> Iterator[None]:
     _make_writable(run_dir)
     lock, owner = FileLock(run_dir / ".lock"), run_dir / ".owner"  # who holds it, for the message
     try:
+        # No waiting: whoever holds the folder may train for days.
         lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
@@ -96,7 +98,9 @@ def _make_writable(run_dir: Path) -> None:
 
 def refuse_too_little_disk(run_dir: Path, num_trained: int, num_checkpoints: int) -> None:
     """Exit unless the checkpoints of a run will fit."""
-    needed = 12 * num_trained * num_checkpoints  # float32: the weights and Adam's two moments
+    # All checkpoints are kept, so all of them have to fit.
+    # 4 bytes each for a float32 weight and for the two moments of Adam.
+    needed = 12 * num_trained * num_checkpoints
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         fail(USAGE, f"checkpoints need about {needed / 1e6:.0f} MB in {run_dir}, "
@@ -138,7 +142,7 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
         return None
     saved = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))
     for name in CONFLICTS:
-        # hashes stand beside the flags, seed and adapter settings among them
+        # The hashes stand at the top of run.json, the seed and the adapter's settings in its args.
         before, now = (some.get(name, some["args"].get(name)) for some in (saved, run))
         if before == now or (name == "data_sha256" and args.allow_data_change):
             continue
@@ -146,7 +150,7 @@ def find_resume(run_dir: Path, args, run: dict) -> Path | None:
         if name == "data_sha256":
             hint = "--allow_data_change goes on with the new rows"
         fail(USAGE, f"--resume {checkpoint}: {name} was {before}, now it is {now}", hint)
-    # a falling learning rate depends on the length of the run
+    # A falling learning rate depends on the length of the run, a constant one does not.
     length = () if args.lr_scheduler_type == SCHEDULES[0] else ("max_steps", "num_train_epochs")
     for name in (*WARNINGS, *length):
         before, now = saved["args"].get(name, OLDER_RUNS.get(name)), run["args"][name]
@@ -182,6 +186,7 @@ def keep_metrics(path: Path, step: int) -> None:
         return
     utils.repair_tail(path)  # a kill may have cut the last line
     lines = path.read_text(encoding="utf-8").splitlines()
+    # The steps after the checkpoint are learnt and logged again.
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     utils.atomic_write(path, "".join(line + "\n" for line in kept))
 

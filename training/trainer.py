@@ -30,6 +30,7 @@ from utils import DIVERGED, TRY_LATER, fail, info
 
 def build(method, row: dict, index: int, epoch: int, tokenizer, args) -> Tree | None:
     """A row's tree; its random choices depend on (seed, epoch, row) alone, so resuming is exact."""
+    # As a string all three count. A sum would give neighbouring rows and epochs the same draws.
     rng = random.Random(f"{args.seed}-{epoch}-{index}")
     return method.build_tree(row, tokenizer, args, rng)
 
@@ -39,6 +40,7 @@ class Forest(Sequence):
 
     def __init__(self, method, rows: list[dict], tokenizer, args):
         self._build = lambda index: build(method, rows[index], index, 0, tokenizer, args)
+        # Most methods never look at a tree after a pass, so none is built in advance.
         self._trees: list[Tree | None] = [None] * len(rows)
 
     def __len__(self) -> int:
@@ -70,7 +72,8 @@ class TreeStream(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int) -> Tree:
         epoch, place = divmod(item, len(self.rows))
-        if epoch != self.epoch:  # ordered once an epoch, not once an item
+        # Ordered once an epoch and not once an item.
+        if epoch != self.epoch:
             rng = random.Random(f"{self.args.seed}-{epoch}")
             self.epoch, self.order = epoch, self.method.order_rows(self.rows, self.args, rng)
         index = self.order[place]
@@ -104,6 +107,7 @@ class Schedule:
 def make_schedule(num_rows: int, args, num_processes: int) -> Schedule:
     """The schedule of --num_train_epochs over the rows, cut at --max_steps."""
     contexts_per_step = args.per_device_train_batch_size * num_processes
+    # Rounded up: the last micro-step is filled with rows of a further pass, not cut short.
     total = math.ceil(num_rows * args.num_train_epochs / contexts_per_step)
     if args.max_steps != -1:
         total = min(total, args.max_steps)
@@ -122,6 +126,7 @@ def make_trainer(method, model, tokenizer, rows: list[dict], args, run: dict, ru
     """A TreeTrainer with its data, schedule and callbacks; exits if the disk is too small."""
     settings = _training_arguments(args, run_dir)
     schedule = make_schedule(len(rows), args, settings.world_size)
+    # Only the settings know how many processes there are, and the schedule depends on that.
     settings.max_steps = schedule.updates
     num_checkpoints = math.ceil(schedule.total / args.save_steps)
     refuse_too_little_disk(run_dir, num_trained(model), num_checkpoints)
@@ -143,6 +148,8 @@ def _training_arguments(args, run_dir: Path) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     accumulation = args.gradient_accumulation_steps
     return TrainingArguments(
+        # Not the run's folder: Trainer writes straight into its own, and a kill would leave half a
+        # checkpoint there, from which it would then try to resume.
         output_dir=str(run_dir / ".staging"),
         per_device_train_batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -150,11 +157,14 @@ def _training_arguments(args, run_dir: Path) -> TrainingArguments:
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.lr_warmup_steps,
         weight_decay=args.weight_decay,
+        # 0.3 is the published norm; 0 is off, as published without --clip_norm.
         max_grad_norm=args.max_grad_norm or (0.3 if args.clip_norm else 0.0),
+        # Published is a paged AdamW of the same arithmetic, which needs bitsandbytes and a GPU.
         optim="adamw_torch",
         adam_epsilon=args.adam_epsilon,
         max_steps=1,
         save_strategy="steps",
+        # In updates. check_training_args has refused a remainder.
         save_steps=args.save_steps // accumulation,
         logging_steps=max(1, args.loss_steps // accumulation),
         logging_nan_inf_filter=False,  # else a loss that is not finite would be logged as 0
@@ -164,6 +174,7 @@ def _training_arguments(args, run_dir: Path) -> TrainingArguments:
         bf16=cuda and torch.cuda.is_bf16_supported(),
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
+        # Since transformers 5.23 this is the name of gradient_checkpointing.
         activation_checkpointing=args.gradient_checkpointing,
         remove_unused_columns=False,  # items are trees, not columns
         report_to="none",  # trackers() adds one that starts
@@ -185,10 +196,11 @@ class TreeTrainer(Trainer):
         super().__init__(**kwargs)
         self.method, self.run, self.run_dir = method, run, run_dir
         self.schedule, self.flags, self.tokenizer = schedule, flags, tokenizer
+        # Kept here, because fit has to know after training whether a signal has ended it.
         self.signals = Signals()
         self.micro_step = 0
         self.sums: Counter = Counter()  # of what the loss reports, and "steps", since the last log
-        # the loss is a mean over contexts, so that Trainer must divide it by the accumulation
+        # The loss is a mean over contexts, so Trainer must divide it by the accumulation.
         self.model_accepts_loss_kwargs = False
 
     def means(self) -> dict[str, float]:
@@ -225,7 +237,7 @@ class TreeTrainer(Trainer):
     def log(self, logs, start_time=None):
         """Add the means over processes since the last log, and keep a line in metrics.jsonl."""
         steps, means = self.sums["steps"], self.means()
-        # every process takes part, also those that write nothing
+        # Every process takes part, also those that write nothing: reduce waits for all of them.
         values = torch.tensor(list(means.values()), device=self.args.device)
         shared = self.accelerator.reduce(values, "mean").tolist()
         if steps and self.is_world_process_zero():
@@ -242,7 +254,7 @@ class TreeTrainer(Trainer):
 
         Private, but the one place that has the weights that FSDP gathers (state_dict).
         """
-        # the last update of all has no loss after it that would show what it has done
+        # No loss follows the last update, so only the weights can show that it has diverged.
         if any(not p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
             self._stop_diverged("a weight is not finite")
         if not self.args.should_save:  # Trainer calls this in every process
@@ -261,8 +273,8 @@ class TreeTrainer(Trainer):
         """Train to the end or to a signal; returns the last checkpoint."""
         if checkpoint:
             self.micro_step = int(checkpoint.name.removeprefix("check_"))
-        # first cut the log, then read it: the line that ended a run does not count if the run was
-        # killed before the checkpoint that belongs to it
+        # The log is cut first and read then: a line that ended a run does not count if the run was
+        # killed before the checkpoint that belongs to it.
         metrics = metrics_file(self.run_dir)
         if self.is_world_process_zero():
             keep_metrics(metrics, self.micro_step)
@@ -284,6 +296,7 @@ class TreeTrainer(Trainer):
         if self.signals.received:
             info(f"stopped by signal {self.signals.received}, saved {last}; "
                  "the same command with --resume goes on")
+            # The code that a shell gives for a process which a signal has ended.
             raise SystemExit(128 + self.signals.received)
         return last
 
