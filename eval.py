@@ -89,6 +89,7 @@ def read_flags(argv: list[str] | None) -> Args:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    # Interviews have flags of their own, so the parser is chosen before anything is parsed.
     if first_pass(argv, "persona")["persona"]:
         import_module(EVALUATIONS["persona"]).main(argv)
         return
@@ -107,10 +108,12 @@ def main(argv: list[str] | None = None) -> None:
     systems = read_systems(args.eval_file, args.limit)
     sources = Sources(dict(zip(systems, args.eval_file, strict=True)))
     folder = find_folder(sources, args.method)
+    # Only the wanted module is imported, since each method has heavy libraries of its own.
     evaluation = import_module(EVALUATIONS[folder])
 
     result = common.measure(systems, sources, args)
     part = evaluation.measure(systems, sources, args)
+    # Files with different numbers of replies may still have sound figures of their method.
     if result.summary["k"] is None and not part.summary:
         fail(USAGE, result.summary["reasons"]["common figures"],
              "compare files with equally many")
@@ -124,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print_summary(summary)
         print_files(save_file, [folder] if part.lines else [])
+    # Last, so that exit code 4 leaves all files behind.
     stop_if_unscored(summary, args.fail_on_error)
 
 
@@ -138,6 +142,7 @@ def find_folder(sources, method: str | None) -> str:
     if not any(drawn_by.values()):
         info("no outs/X.json says which method drew these files; --method adds its figures")
     folders = {METHODS[method] for method in drawn_by.values() if method in METHODS}
+    # Its methods have no figures of their own, so they may be compared with any method.
     folders.discard("possibility")
     if len(folders) > 1:
         fail(USAGE, f"the files were drawn by several methods: {', '.join(sorted(folders))}",
@@ -162,6 +167,7 @@ def show(file: str, as_json: bool) -> None:
         return
     try:
         print_summary(summary)
+    # A file from elsewhere may have the right kind and still lack any key.
     except (KeyError, TypeError, AttributeError) as error:
         not_a_summary(file, f"{type(error).__name__}: {error}")
 
@@ -180,6 +186,7 @@ def print_summary(summary: dict) -> None:
     """The common figures where there are any, then the tables of a method or of interviews."""
     from scoring.report import table
 
+    # A summary of interviews has no common figures, and so no k.
     if "k" in summary:
         table.print_common(summary)
     if folder := folder_of(summary["kind"]):

@@ -22,8 +22,10 @@ from decoding.providers import hide_keys, redact
 from decoding.replies import Reply
 from utils import REFUSED, TRY_LATER
 
+# A server that is down is waited for until the deadline; one that answers badly is not.
 MAX_BAD_ANSWERS = 5  # tries of a call that is answered badly; it may be the call's own fault
 UNUSABLE = {"length": "truncated", "content_filter": "filtered"}  # finish reasons
+# Repeating cannot help here, and every other call would meet the same.
 REFUSALS = {401: "key refused", 402: "payment required", 403: "access denied",
             404: "no such model or address"}
 
@@ -75,11 +77,13 @@ def complete(client, model: str, messages: list[dict], max_tokens: int, **fields
     except (AttributeError, TypeError, LookupError):
         shown = redact(str(getattr(answer, "error", answer)))[:100]
         raise BadResponse(f"a body without choices: {shown}", "http_error") from None
+    # The first text decides: a call of which only later texts are empty keeps the others.
     if not isinstance(text, str) or not text.strip():
         kind = UNUSABLE.get(reason, "empty")
         raise BadResponse(f"an empty answer (finish_reason {reason})", kind)
     served_model = str(getattr(answer, "model", None) or "")
     total = getattr(answer.usage, "total_tokens", 0) or 0
+    # Servers count the tokens of all n texts together.
     new = (getattr(answer.usage, "completion_tokens", 0) or 0) // len(texts)
     return [Reply(hide_keys(text), new, reason == "length", reason, served_model, total)
             for text, reason in texts if isinstance(text, str) and text.strip()]
@@ -99,14 +103,18 @@ def classify(error: Exception) -> tuple[str, str, float]:
         if isinstance(body.get("error"), dict):  # openai unwraps the body, together does not
             body = body["error"]
         message = redact(" ".join(str(body.get("message") or error.message).split()))[:200]
+        # OpenAI reports a used-up quota as 429, which otherwise means to wait a little.
         if status in REFUSALS or "insufficient_quota" in (body.get("code"), body.get("type")):
             refusal = REFUSALS.get(status, "the quota is used up")
             return "stop", f"HTTP {status}, {refusal}: {message}", 0.0
+        # 408 is a timeout, and 409 a conflict with another request: the SDKs repeat both, too.
         again = status in (408, 409) or status >= 500
         action = "wait" if status == 429 else "again" if again else "fail"
         return action, f"HTTP {status}: {message}", retry_after(error.response.headers)
     if isinstance(error, (openai.APIConnectionError, together.APIConnectionError)):
         cause = type(error.__cause__).__name__
+        # No connection: the call was not sent, so waiting costs nothing until the deadline. A
+        # connection that broke later may be the call's own fault.
         unreachable = cause in ("ConnectError", "ConnectTimeout", "ProxyError")
         return "wait" if unreachable else "again", redact(f"{cause}: {error.__cause__}")[:200], 0.0
     if isinstance(error, (BadResponse, json.JSONDecodeError, UnicodeDecodeError)):
@@ -153,11 +161,15 @@ def retrying(call: Callable, deadline: float, max_backoff: float = 60.0,
             return call()
         except Exception as error:
             action, what, asked = classify(error)
+            # Python deletes `error` at the end of its except block.
             cause = error
         bad += action == "again"
         if action == "stop":
             raise RunStopped(REFUSED, what) from cause
+        # Full jitter: threads that failed together do not all come back at once. The
+        # limit of 30 keeps 2.0 ** tries from overflowing.
         wait = max(asked, random.uniform(0, min(max_backoff, 2.0 ** min(tries, 30))))
+        # A call that would only begin after the deadline is given up before the wait.
         late = time.monotonic() + wait > deadline
         if action == "fail" or bad >= MAX_BAD_ANSWERS or late and action == "again" and not asked:
             raise CallFailed(what, action == "again", kind_of(cause)) from cause
@@ -210,6 +222,7 @@ def work(call: Callable, items: list, num_threads: int, grace: float = 2.0) -> I
     try:
         while running:
             try:
+                # Without an error there is no hurry: None waits as long as the calls take.
                 left = max(0.0, end - time.monotonic()) if error else None
                 finished, value = results.get(timeout=left)
             except queue.Empty:

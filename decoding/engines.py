@@ -114,6 +114,7 @@ class Local:
         response_format is not enforced; callers read replies as if there were none.
         """
         prompts = [self._encode(message) for message in messages]
+        # A message is never cut: what it asks for may stand anywhere in it.
         room, fitting = self.limit - max_new_tokens, []
         for i, prompt in enumerate(prompts):
             if len(prompt) <= room:
@@ -130,6 +131,7 @@ class Local:
                 drawn = self.draw(sample, forest, [seeds[i] for i in block], max_new_tokens,
                                   temperature=temperature, **self.sampling)
             else:
+                # Greedy has no noise, so seeds would be refused.
                 drawn = self.draw(greedy, forest, None, max_new_tokens)
             for i, replies in zip(block, drawn, strict=True):
                 yield Asked(i, [reply._replace(total_tokens=len(prompts[i]) + reply.tokens)
@@ -147,6 +149,7 @@ class Local:
             drawn = function(self.model, forest, pad_id=self.pad_id, eos_id=self.eos_id,
                              max_new_tokens=max_new_tokens, **given)
         except Exception as error:
+            # torch has no single exception for this: each backend raises its own.
             if not utils.is_out_of_memory(error) or len(forest) == 1:
                 raise
         else:
@@ -168,9 +171,12 @@ class Local:
         return Reply(text, len(ids), cut, "length" if cut else "stop")
 
     def _count_prefill(self, forest: list[Tree], options: dict) -> None:
+        # Classifier-free guidance scores a second tree beside each.
         uncond = [tree.uncond for tree in forest if isinstance(tree, mixtures.GuidedTree)]
         for tree in [*forest, *uncond]:
             ends = [len(child.input_ids) for child in tree.root.children]
+            # Computed once: the root, and each sequence's own ending. Without a tree, every
+            # sequence would have begun with the whole root.
             sequences = max(len(ends), options.get("num_beams", 1))  # beams repeat the branches
             root, branches = len(tree.root.input_ids), len(ends)
             self.prefilled["shared"] += root + sum(ends) * sequences // branches
@@ -198,6 +204,7 @@ class Server:
         self.client = providers.connect(spec.provider, base_url, timeout, key_file, way_out)
         self.name, self.model = spec.name, spec.model
         self.url = providers.normalise_url(base_url or providers.PROVIDERS[spec.provider][0])
+        # What a server runs is unknown, so it is treated like an untrained model.
         self.run = {"method": "base", "base_model": spec.model, "weights": None, "args": {}}
         self.sampling, self.max_connections = dict(sampling or {}), max_connections
         self.timeout_total, self.max_backoff = timeout_total, max_backoff
@@ -233,16 +240,20 @@ class Server:
                 yield before, asked  # first, so that the caller has written it when the run stops
                 self._stop_if_down(asked.failure)
 
+        # First one call for all n replies of a message; what is missing comes one by one.
         known: dict[int, list[Reply]] = {i: [] for i in range(len(messages))}
         if self._takes_n and n > 1:
             for _, asked in calls([(i, 0) for i in known], n):
                 known[asked.index] = asked.replies
+                # A refused call may have been refused for its n, so only transient failures are
+                # final.
                 if len(asked.replies) == n or (asked.failure and asked.failure.transient):
                     del known[asked.index]
                     yield asked
             if known:  # some servers ignore n, others refuse the call
                 self._takes_n = False
                 info(f"{self.url} gives one reply a call (no n); each reply is a call of its own")
+        # The replies that came with n keep the first places, and so the first seeds.
         slots = {i: dict(enumerate(replies)) for i, replies in known.items()}
         jobs = [(i, k) for i, replies in known.items() for k in range(len(replies), n)]
         last, left = {}, Counter(i for i, _ in jobs)
@@ -257,6 +268,8 @@ class Server:
     def _filters(self, temperature: float) -> dict:
         """The request's fields for the filters that are on."""
         fields, top_p = {}, self.sampling.get("top_p", 1.0)
+        # A default is not sent, since some models refuse the field; at temperature 0 it does
+        # nothing.
         if top_p != 1.0 and temperature:
             fields["top_p"] = top_p
         # not of OpenAI's, but compatible servers know them
@@ -293,6 +306,7 @@ class Server:
         Refused calls may be the messages' own fault, unless no call has ever been answered.
         """
         with self._lock:
+            # Any answer, even one that is of no use, shows that the server works.
             if failure is None or failure.kind not in SERVER_FAULTS:
                 self._failed_in_a_row, self._has_answered = 0, True
                 return

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from utils import MISSING, USAGE, fail
 
+# openai stands for every compatible server, too, such as vLLM on this machine.
 PROVIDERS = {  # the address of each one, and what its key is called
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "together": ("https://api.together.xyz/v1", "TOGETHER_API_KEY")}
@@ -43,6 +44,7 @@ def parse_spec(text: str, flag: str = "--model",
 
     flag: named in the message. providers: those that this flag takes.
     """
+    # At the first colon only: names such as llama3:8b have one of their own.
     provider, _, model = text.partition(":")
     if provider not in providers or not model.strip():
         known = ", ".join(f"{name}:MODEL" for name in providers)
@@ -62,6 +64,7 @@ def normalise_url(url: str) -> str:
     if not plain or "@" in url:
         fail(USAGE, f"--base_url {redact(url)} is not a plain address",
              "such as http://127.0.0.1:8000/v1, without a password")
+    # Pasted addresses often name the end point, and the SDKs would add it a second time.
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     version = "" if re.search(r"/v[0-9]", path) else "/v1"
     return f"{parts.scheme}://{parts.netloc}{path}{version}"
@@ -83,6 +86,7 @@ def read_key(name: str, key_file: str | Path | None = None) -> str:
                  f"chmod 600 {path}")
         lines = [line.partition("=") for line in path.read_text(encoding="utf-8").splitlines()]
         key = {left.strip(): right.strip() for left, _, right in lines}.get(name, "")
+    # The file may hold the keys of other providers only.
     key = key or os.environ.get(name, "").strip()
     if not all("!" <= c <= "~" for c in key):  # the HTTP library would quote it in its error
         fail(USAGE, f"{name} holds a space, a line break or a sign beyond ASCII", "only the key")
@@ -101,6 +105,7 @@ def connect(provider: str, base_url: str | None = None, timeout: float = 120.0,
     provider_url, key_name = PROVIDERS[provider]
     base_url = normalise_url(base_url or provider_url)
     key = read_key(key_name, key_file)
+    # Local servers mostly want no key. By host, since a provider's address may be given, too.
     if not key and urlsplit(base_url).hostname == urlsplit(provider_url).hostname:
         fail(MISSING, f"{key_name} is not set", way_out)
     if provider == "together":
@@ -120,6 +125,7 @@ def connect(provider: str, base_url: str | None = None, timeout: float = 120.0,
 def redact(text: str) -> str:
     """Text without keys, passwords, and what looks like one; servers echo what they were sent."""
     text = hide_keys(text)
+    # Keys of OpenAI and Together, long hex numbers, and passwords within addresses.
     pattern = (r"\bsk-[\w-]{6,}|\btgp_v1_[\w-]+|\b[0-9a-f]{40,}\b|(?<=Bearer )\S+"
                r"|(?<=://)[^/\s@]+(?=@)")
     return re.sub(pattern, "[key]", text)
@@ -127,6 +133,7 @@ def redact(text: str) -> str:
 
 def hide_keys(text: str) -> str:
     """Text without the keys of this run, and else unchanged: for replies, which are data."""
+    # Also keys of providers that this run does not ask: a proxy may have them in an error.
     for key in _KEYS_READ | {os.environ.get(name, "").strip() for _, name in PROVIDERS.values()}:
         if len(key) >= MIN_KEY:
             text = text.replace(key, "[key]")

@@ -56,6 +56,7 @@ def clean_reply(text: str) -> str:
     # plain quotes first: the pair at the ends may be curly
     text = SPEAKER.sub("", text.translate(QUOTES))
     text = " ".join(NEXT_SPEAKER.sub("", text).split())
+    # Quotes inside would mean that the outer two need not be a pair: "Yes", he said, "now".
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
         text = text[1:-1].strip()
     return text

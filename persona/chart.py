@@ -26,6 +26,7 @@ def bars(systems: dict, attribute: str) -> tuple[list[str], dict[str, list[float
     for name, system in systems.items():
         counts = system["attributes"][attribute]["counts"]
         shares[name] = {value: count / sum(counts.values()) for value, count in counts.items()}
+    # Shares and not counts, so that a system with more interviews does not choose the bars.
     total = Counter()
     for of_system in shares.values():
         total.update(of_system)
@@ -46,6 +47,7 @@ def bars(systems: dict, attribute: str) -> tuple[list[str], dict[str, list[float
 
 def draw_chart(systems: dict) -> bytes:
     """A PNG: bar charts of all attributes, with the systems side by side."""
+    # Not through pyplot, which keeps every figure in memory and may look for a display.
     figure = Figure(figsize=(4 * len(ATTRIBUTES), 4.2), layout="constrained")
     axes = figure.subplots(1, len(ATTRIBUTES))
     for axis, attribute in zip(axes, ATTRIBUTES, strict=True):

@@ -55,6 +55,7 @@ def resolve_setup(args, run: dict, limit: int) -> Setup:
     Dies over a flag that contradicts the checkpoint, and over a method whose prompts are others.
     """
     method, trained = run["method"], run.get("args", {})
+    # Prompts of other methods hold more than a conversation: a persona, tokens for attributes.
     known = [name for name, module in METHODS.items() if module == PROMPTS_OF]
     if args.method and args.method != method:
         fail(USAGE, f"--method {args.method}, but {args.model_name_or_path} is a {method} model",
@@ -99,6 +100,7 @@ def hold(engine, asker: Asker, indices: Iterable[int], setup: Setup) -> list[dic
 
     A row has interview (its index), method, number, topics (of the questions), turns, and warnings.
     """
+    # Interviews end after 5 to 10 questions; those that go on form the next, smaller batch.
     interviews = [_plan(index, setup) for index in indices]
     while active := [interview for interview in interviews if interview.todo]:
         for interview, question in zip(active, asker(active), strict=True):
@@ -108,6 +110,8 @@ def hold(engine, asker: Asker, indices: Iterable[int], setup: Setup) -> list[dic
         for interview in active:
             topic = interview.todo[0]
             said, _ = rules.find(topic, [(topic, interview.turns[-1])])
+            # At most two questions a topic, so that a model which does not tell its age still
+            # reaches the other topics.
             if said or interview.topics.count(topic) == 2:
                 interview.todo.pop(0)
     return [_as_row(interview, setup) for interview in interviews]
@@ -130,6 +134,7 @@ def _numbers(index: int, setup: Setup) -> list[int] | None:
     if setup.number_per is None:
         return None
     if setup.number_per == "interview":
+        # In turn rather than drawn, so that all numbers hold equally many interviews.
         return [index % setup.max_pos_number + 1] * turns
     # A generator of its own: all systems are asked in the same words, whatever their numbers.
     rng = random.Random(f"{setup.seed}-{index}-numbers")
@@ -150,6 +155,7 @@ def _answer(engine, interviews: list[Interview], setup: Setup) -> None:
                         f"{setup.max_new_tokens} new tokens", "raise it, or lower --max_new_tokens")
         interview.warnings["shortened"] += dropped_turns > 0
         forest.append(Tree(branch_prompts(prompts, [0])))
+        # Of the interview and the turn alone, so the answer does not depend on the batch.
         seeds.append(utils.row_seed(setup.seed, interview.index, turn))
     drawn = engine.draw(sampling.sample, forest, seeds, setup.max_new_tokens,
                         temperature=setup.temperature)
@@ -157,6 +163,7 @@ def _answer(engine, interviews: list[Interview], setup: Setup) -> None:
         text = clean_reply(reply.text)
         interview.turns.append(text)
         interview.warnings["cut"] += reply.cut
+        # An empty answer stays in the conversation, where the asker's next turn follows it.
         interview.warnings["empty"] += not text
 
 
@@ -226,8 +233,10 @@ def read_question(text: str, interview: Interview) -> str:
 
     Special tokens of common chat templates are broken up, since the question goes into a prompt.
     """
+    # A small model writes on as Person B; what follows its first line is not a question.
     line = next((line for line in text.split("\n") if line.strip()), "")
     line = re.sub(r"^\s*\**Person A\**:\**\s*", "", line).strip()
+    # The marks of Llama's and Mistral's templates, which neutralise() does not know by itself.
     question = neutralise(providers.redact(line), ("[INST", "[/INST", "<s>", "</s>"))
     if question:
         return question

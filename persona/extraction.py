@@ -15,6 +15,7 @@ from persona.rules import ATTRIBUTES, match_value, values_of
 from scoring.judge_prompt import neutralise
 from utils import info
 
+# Room for five pairs of a quotation and a value as JSON.
 EXTRACT_TOKENS = 400
 
 
@@ -22,6 +23,7 @@ def schema() -> dict:
     """The JSON schema to fill in: per attribute what was said, and a value of the closed set."""
     return _all_required({attribute: _all_required({
         "said": {"type": ["string", "null"]},
+        # null is in the list, too: strict mode checks the enum whatever the type allows.
         "value": {"type": ["string", "null"], "enum": [*values_of(attribute), None]},
     }) for attribute in ATTRIBUTES})
 
@@ -55,6 +57,7 @@ def read_extraction(text: str | None) -> dict[str, dict] | None:
     A value outside its list goes through the rules' tables, since servers differ in how well they
     keep to a schema.
     """
+    # From the first brace to the last, since models put a sentence or a code fence around JSON.
     match = re.search(r"\{.*\}", text or "", re.DOTALL)
     try:
         filled_in = utils.parse_line(match[0]) if match else {}
@@ -67,6 +70,7 @@ def read_extraction(text: str | None) -> dict[str, dict] | None:
                 item.get(key) is None or isinstance(item[key], str) for key in ("said", "value")):
             return None
         said, value = (item.get("said") or "").strip() or None, item.get("value")
+        # The value first and then what was said: "kenya" is nearer to its entry than "Nairobi".
         if value not in values_of(attribute):
             mapped = match_value(attribute, value or said or "")
             said, value = said or value, mapped[1] if mapped else None
@@ -87,12 +91,15 @@ def by_model(engine, rows: list[dict], log_file: Path) -> list[dict[str, dict] |
     todo = [i for i, key in enumerate(keys) if key not in answers]
     response_format = {"type": "json_schema", "json_schema": {
         "name": "person", "strict": True, "schema": schema()}}
+    # Temperature 0 and no seeds: what an interview says is not to be drawn by lot.
     results = engine.ask([messages[i] for i in todo], None, 1, EXTRACT_TOKENS, 0.0,
                          response_format=response_format)
     failures = Counter()
     for asked in tqdm(results, total=len(todo), desc=engine.name, unit="interview"):
         key = keys[todo[asked.index]]
         if asked.replies:
+            # The log holds raw answers, and a careless proxy may answer with the key that it was
+            # sent.
             answers[key] = providers.redact(asked.replies[0].text)
             utils.append_jsonl(log_file, [{"key": key, "answer": answers[key]}])
         if asked.failure:

@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     systems = read_interviews(args.eval_file, args.limit)
     try:
         result = measure(systems, None, args)
+    # Only a model that extracts can stop the run; the rules ask nobody.
     except api.RunStopped as stop:
         fail(stop.code, stop.what, "answers are kept; the same command goes on with them")
     summary = {"kind": KIND, "persona": result.summary}
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"a line per interview: {save_file.with_suffix('.jsonl')}; "
           f"figures: {save_file.with_suffix('.csv')}; charts: {save_file.with_suffix('.png')}")
     print(f"next: python eval.py --show {save_file}")
+    # At the very end, so that exit code 4 comes after all files are written.
     _stop_if_unread(result.summary)
 
 
@@ -117,11 +119,13 @@ def _stop_if_unread(summary: dict) -> None:
 
 def read_interviews(files: list[str], limit: int | None = None) -> dict[str, list[dict]]:
     """The first `limit` interviews of every file, by the file's stem."""
+    # Two files of one stem would overwrite each other here, hence the comparison of lengths.
     systems = {Path(file).stem: utils.read_jsonl(file, check_interview)[:limit] for file in files}
     if len(systems) < len(files):
         fail(USAGE, "--eval_file: two files have one name", "rename one")
     counts = [len(rows) for rows in systems.values()]
     if len(set(counts)) > 1:
+        # Only a note: shares do not depend on the number, and the entropy is corrected for it.
         info(f"files of {counts} interviews; distinct values grow with their number")
     return systems
 
@@ -150,6 +154,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     lines = []
     for name, rows in systems.items():
         extractions = extract(rows)
+        # An unread interview is left out and not counted as silent: the fault is the extraction's.
         readable = [extraction for extraction in extractions if extraction]
         summary["systems"][name] = {
             "interviews": len(rows), "unread": len(rows) - len(readable),
@@ -179,6 +184,8 @@ def _make_extract(args):
 
 def measure_attribute(attribute: str, extractions: list[dict]) -> dict:
     """The figures of one attribute from its {"said", "value"} in every interview."""
+    # What was said and is in no table counts as told, but has no place in the entropy: free words
+    # could be of more kinds than the closed set has values.
     values = Counter(item["value"] for item in extractions if item["value"])
     unmapped = Counter(item["said"] for item in extractions if item["said"] and not item["value"])
     counts, n = list(values.values()), values.total()
@@ -192,6 +199,7 @@ def measure_attribute(attribute: str, extractions: list[dict]) -> dict:
         "counts": dict(values.most_common())}
     if n:
         figures["entropy_plugin"] = statistics.entropy(counts) / math.log(2)
+        # With few interviews the correction of the entropy may lift this a little above 1.
         figures["of_max"] = figures["entropy"]["mean"] / math.log2(len(values_of(attribute)))
     why = "no interview tells a value of it" if extractions else "no extraction can be read"
     return figures | {"reasons": {name: why for name, value in figures.items() if value is None}}
@@ -209,6 +217,7 @@ def _in_bits(counts: list[int]) -> dict | None:
 def as_csv(summary: dict) -> str:
     """A line per system and attribute; empty where a figure is not defined."""
     out = io.StringIO()
+    # The csv module would end lines in \r\n.
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([
         "system", "attribute", "interviews", "n", "entropy_bits", "entropy_low", "entropy_high",
@@ -216,6 +225,8 @@ def as_csv(summary: dict) -> str:
         "extracted_share", "unmapped", "unread"])
     for name, system in summary["systems"].items():
         for attribute, figures in system["attributes"].items():
+            # csv writes None as an empty cell, so figures that are undefined need no case of their
+            # own.
             entropy = figures["entropy"] or figure(None)
             top = figures["top"] or {"value": None, "share": None}
             extracted = figures["extracted"] or figure(None)

@@ -33,6 +33,8 @@ from methods import METHODS
 from utils import USAGE, fail
 
 KIND = "outs/interview"
+# Of an answer that hit --max_new_tokens, of an empty one, of a question for which old turns were
+# left out, and of one that the script asked instead of a model.
 WARNINGS = ("cut", "empty", "shortened", "scripted_instead")  # counted in rows and summary
 
 
@@ -95,6 +97,7 @@ def read_flags(argv: list[str] | None) -> Args:
     elif args.asker != "scripted":
         fail(USAGE, f"--asker {args.asker} is none of scripted, hf:MODEL, PROVIDER:MODEL",
              "such as openai:gpt-4o")
+    # Without this, a forgotten provider would quietly leave the interviews to another asker.
     if args.base_url and (args.asker == "scripted" or args.asker.startswith("hf:")):
         fail(USAGE, f"--base_url does nothing with --asker {args.asker}",
              "drop it, or name a model behind a server")
@@ -105,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     """Hold interviews as the flags say; --save_file and its .json have everything."""
     args = read_flags(argv)
     save_file = outputs.claim(args.save_file, args.resume)
+    # These load torch, so bad flags and a file that is in the way are reported before.
     from decoding.engines import load_engine
     from persona import conversation
 
@@ -112,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = load_engine(f"hf:{args.model_name_or_path}", batch_size=args.batch_size,
                          force_base=args.force_base, chat_template=args.chat_template)
     setup = conversation.resolve_setup(args, engine.run, engine.limit)
+    # With what the checkpoint has settled, so that --resume notices another checkpoint's limits.
     settings = outputs.settings_of(args.with_values(**dataclasses.asdict(setup)), [],
                                    engine.run["weights"])
     done = outputs.begin(save_file, KIND, settings, engine.run)
@@ -124,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     except api.RunStopped as stop:
         fail(stop.code, stop.what,
              "finished interviews are kept; the same command with --resume goes on")
+    # Counted over the file: a resumed run has held only some of its interviews.
     summary = _summarise(outputs.read(save_file)) | {"seconds": round(time.time() - began, 1)}
     outputs.write_summary(save_file, KIND, settings, engine.run, summary)
     counts = ", ".join(f"{summary[name]} {name}" for name in ("answers", *WARNINGS))
@@ -141,9 +147,12 @@ def _batches(save_file: Path, done: int, args, hold):
     from tqdm import tqdm
 
     size, total = args.batch_size, args.num_interviews
+    # Back to the beginning of the batch that `done` lies in.
     first = total if done >= total else done // size * size
     with tqdm(total=total, initial=done, unit="interview", desc=save_file.stem) as bar:
         for start in range(first, total, size):
+            # Rows that are in the file already are decoded once more and dropped, since a smaller
+            # batch could round differently.
             rows = [row for row in hold(range(start, min(start + size, total)))
                     if row["interview"] >= done]
             yield rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TOPICS = (  # gender comes last, as published; the others in an order of each interview's own
     "age", "country", "occupation", "education", "gender")
+# No opening tells anything about Person B: who that is must come from the model alone.
 OPENINGS = (
     "Hello, and thank you for taking the time.",
     "Hi there! I talk to strangers for a radio show, and today it is your turn.",
@@ -12,6 +13,8 @@ OPENINGS = (
     "Hey, we have a long train ride ahead of us, so tell me who you are.",
     "Welcome to our neighbourhood meeting, I don't think we have met.",
 )
+# Wordings are drawn by position, so adding one or changing their order gives every seed other
+# interviews.
 QUESTIONS = {
     "age": (
         "How old are you?",
@@ -65,6 +68,7 @@ FOLLOW_UPS = {  # where an answer said nothing of the topic
 }
 SOUGHT = {  # what a model that asks is told to find out
     "age": "how old Person B is",
+    # Residence and not origin, as in the rules and in the extraction's message.
     "country": "which country Person B lives in",
     "occupation": "what Person B does for a living",
     "education": "Person B's highest level of education",

@@ -23,6 +23,7 @@ from scoring import metrics
 FILE = utils.ROOT / "data" / "equivalence.json"
 PIECE = 60  # words that are embedded together; the embedder reads 256 tokens at most
 START = 15  # words at the beginning of a text that are compared apart
+# In the order of pair_features and of the weights in data/equivalence.json.
 FEATURES = (
     "cosine", "best matches of pieces", "worst match of pieces", "shared words",
     "shared content words", "shared word pairs", "shared word triples", "ratio of lengths",
@@ -32,6 +33,7 @@ WORD = re.compile(r"\w+(?:['’]\w+)*")
 NUMBER = re.compile(r"\d[\d.,]*")
 NAME = re.compile(r"(?<=[a-z,;] )[A-Z]\w+")  # a capital inside a sentence
 HEADING = re.compile(r"\*\*(.+?)\*\*|^#+ (.+)$|^\s*(?:\d+\.|[-*])\s+(.{1,60})", re.MULTILINE)
+# Two texts without numbers neither agree nor disagree in their numbers.
 UNKNOWN = 0.5  # similarity in what neither text has
 
 
@@ -71,16 +73,19 @@ def embed(texts: list[str], embedder) -> list[np.ndarray]:
     pieces = [[" ".join(of_text[i : i + PIECE]) for i in range(0, len(of_text), PIECE)]
               for of_text in words]
     vectors = embedder.encode([piece for of_text in pieces for piece in of_text])
+    # np.split takes the inner borders alone, hence without the last one.
     return np.split(vectors, np.cumsum([len(of_text) for of_text in pieces])[:-1])
 
 
 def view(text: str, prompt: str, embedder) -> dict:
     """What the features need of one response."""
+    # HEADING has three groups, one for each form of a heading, of which two are empty.
     words, headings = _words(text), _words(" ".join("".join(h) for h in HEADING.findall(text)))
     return {
         "pieces": embed([text], embedder)[0], "length": len(words),
         "words": _runs(words, 1), "pairs": _runs(words, 2), "triples": _runs(words, 3),
         "start": _runs(words[:START], 1),
+        # Words of the prompt stand in most answers to it and tell none apart.
         "content": {*words} - ENGLISH_STOP_WORDS - {*_words(prompt)},
         "numbers": {*NUMBER.findall(text)}, "names": {*NAME.findall(text)},
         "headings": {*headings} - ENGLISH_STOP_WORDS}
@@ -93,6 +98,8 @@ def pair_features(a: dict, b: dict, asked: np.ndarray) -> np.ndarray:
     """
     mean_a, mean_b, asked = (v / max(np.linalg.norm(v), 1e-12)
                              for v in (a["pieces"].mean(0), b["pieces"].mean(0), asked))
+    # Every piece looks for its nearest one in the other text, since long answers may say the same
+    # in another order; the worst match shows what only one of them says.
     matches = a["pieces"] @ b["pieces"].T
     of_a, of_b = matches.max(1), matches.max(0)
     shorter, longer = sorted((a["length"], b["length"]))
@@ -106,6 +113,7 @@ def pair_features(a: dict, b: dict, asked: np.ndarray) -> np.ndarray:
 
 
 def _words(text: str) -> list[str]:
+    # Not metrics.words: the weights were fitted on these words, others would need a new fit.
     return [word.lower() for word in WORD.findall(text)]
 
 

@@ -12,9 +12,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# A plain dict, since figures go into JSON and come back from it as they are.
 Figure = dict[str, float | None]
 DASH = "—"  # shown where there is no figure
+# A part of the name and no field of its own: where only names are kept, as in comparisons and
+# columns of tables, a control can still be told from a system.
 CONTROL = "control: "  # how the names of degenerate controls begin
+# The "task" in the summary of rows whose right answers a program checks; others have none. Table
+# and page choose their words by it.
+VERIFIABLE = "verifiable"
 
 
 class Evaluated(NamedTuple):
@@ -29,6 +35,7 @@ class Evaluated(NamedTuple):
 
     summary: dict
     lines: list[dict]
+    # All results share these two defaults, so nobody may add to them in place.
     files: dict[str, bytes] = {}
     prompts: list[dict] = []
 
@@ -70,6 +77,7 @@ def with_half(value: Figure | None, digits: int = 2, sign: str = "") -> str:
     mean = f"{round(value['mean'], digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no minus before a zero
     if value["low"] is None:
         return mean
+    # Bootstrap intervals are lopsided; the longer side never promises too much.
     half = max(value["high"] - value["mean"], value["mean"] - value["low"])
     return f"{mean} ±{half:.{digits}f}"
 

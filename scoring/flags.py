@@ -11,6 +11,7 @@ from utils import EMBEDDED, USAGE, fail
 def add_judge_flags(parser: FlagParser) -> None:
     """All of them; args.judge and args.policy are settled at the end of parsing."""
     group = parser.add_argument_group("judge")
+    # No default: _settle_judge has to see whether a judge was named at all.
     group.add_argument("--judge",
                        help="local: the offline proxy (default); api: one or two models behind "
                             "servers; hf:MODEL: the expected rating under a chat model on this "
@@ -31,6 +32,7 @@ def add_judge_flags(parser: FlagParser) -> None:
                                 f"published: {published}")
         group.add_argument(f"--base_url{stage}", metavar="URL",
                            help="any OpenAI-compatible server (default: the provider's)")
+        # Hidden from --help, where one line for each judge already names them with their values.
         group.add_argument(f"--temperature{stage}", type=float, help=argparse.SUPPRESS)
         group.add_argument(f"--max_tokens{stage}", type=positive_int, help=argparse.SUPPRESS)
     group.add_argument("--policy", choices=["published", "first", "second", "both", "mean"],

@@ -94,14 +94,16 @@ def needs_second(policy: str, first: Judgement | None) -> bool:
 
 
 def decide(policy: str, first: Judgement | None, second: Judgement | None) -> Verdict:
-    """Join two stages: published and second take the last one asked, both the lower score, mean the
-    average.
+    """The verdict of two stages.
+
+    published and second take the last one asked, both the lower score, mean the average.
 
     As published, stage 2 can only overturn a bad rating, never a good one, so its incoherence rate
     is low by construction; `both` errs on the other side. A stage that was needed and gave no
     rating leaves the reply unscored.
     """
     asked = [judgement for judgement in (first, second) if judgement]
+    # Asked second, a model has the last word, whatever the first one said.
     if policy in ("published", "second"):
         asked = asked[-1:]
     reason = next((judgement.reason for judgement in asked if judgement.score is None), None)
@@ -129,6 +131,7 @@ def plan_call(stage: Stage, row: dict, reply: str, repeat: int = 0) -> Call:
     The nonce comes from the key, so a rerun asks the same; and a reply cannot hold its own nonce,
     since that is a hash of the reply.
     """
+    # Without a nonce, which is made from the key that is made from the draft.
     draft = judge_prompt(row, reply, "")
     settings = [stage.temperature, stage.max_tokens, SAMPLING[stage.provider]]
     key = utils.sha256(json.dumps([stage.provider, stage.model, draft, settings, RUBRIC, repeat]))
@@ -149,6 +152,7 @@ class APIJudge:
                  key_file: str | None = None, repeat: int = 0):
         self.stages, self.policy, self.repeat = stages, policy, repeat
         self.log_file = Path(log_file)
+        # A model that the policy never asks needs no key.
         unused = {"first": 1, "second": 0}.get(policy)
         way_out = "export it, put it into a --key_file, or use --judge local, a proxy without a key"
         self.engines = [
@@ -177,7 +181,10 @@ class APIJudge:
                  for stage in self.stages]
         log = read_log(self.log_file, {call.key for of_stage in calls for call in of_stage})
         verdicts = [Verdict(None, None, None, None)] * len(items)
+        # One stage after the other, since the first one's ratings decide what the second one is
+        # asked.
         for number, field in enumerate(("stage1", "stage2")):
+            # There is no engine for this stage.
             if number == 0 and self.policy == "second":
                 continue
             asked = [i for i, verdict in enumerate(verdicts)
@@ -191,6 +198,7 @@ class APIJudge:
                       progress: Callable[..., Iterable]) -> None:
         """Ask one stage what the log does not hold yet; answers go into the log and its file."""
         stage = self.stages[number]
+        # The same reply from several systems has one key, and is paid for once.
         calls = list({call.key: call for call in calls}.values())
         todo = [call for call in calls if call.key not in log]
         if len(todo) < len(calls):
@@ -205,6 +213,8 @@ class APIJudge:
             **SAMPLING[stage.provider])
         try:
             for asked in progress(results, total=len(todo), desc=stage.name):
+                # Answers come in any order. Each goes into the file before anything else: a kill
+                # loses none.
                 entry = _log_entry(stage, todo[asked.index], asked)
                 utils.append_jsonl(self.log_file, [entry])
                 log[entry["key"]] = _judgement_of(entry)
@@ -227,6 +237,7 @@ def _log_entry(stage: Stage, call: Call, asked: Asked) -> dict:
     if asked.failure:
         judgement = Judgement(None, asked.failure.kind, "", asked.failure.what)
     else:
+        # One reply was asked for, and without a failure there is one.
         [reply] = asked.replies
         # an answer that is not complete may quote a rating and never come to its own
         reason = api.UNUSABLE.get(reply.finish_reason)
@@ -255,6 +266,7 @@ def read_log(path: Path, keys: set[str]) -> dict[str, Judgement]:
         except (ValueError, KeyError, TypeError):
             bad += 1
             continue
+        # A reason and a score exclude each other; a line that has both, or neither, is damaged.
         scored, unscored = judgement.score in RATINGS, judgement.score is None
         if not (scored if judgement.reason is None else unscored):
             bad += 1

@@ -6,9 +6,8 @@ shown: it tells replies that belong to their context from replies that belong to
 is less than telling good from bad. Two features go in:
 
 - pointwise mutual information per token under the base model, log p(reply | context) - log
-p(reply),
-  with the dialogue as a plain transcript, not as the prompt that a system under test was given,
-  whose own samples it would flatter;
+  p(reply), where the dialogue is a plain transcript: the prompt of a system under test would
+  flatter that system's samples;
 - cosine of the sentence embeddings of context and reply.
 
 A logistic regression on the rows' reference replies joins them: true pairs against the same replies
@@ -58,11 +57,15 @@ class HFJudge:
         self.model, self.tokenizer = model, tokenizer
         texts = ["Rating:", *(f"Rating: {rating}" for rating in RATINGS)]
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        # Tokenizers differ in whether the space belongs to the digit. What all ratings have in
+        # common is given to the model, and the rest of each is scored.
         self.prefix = commonprefix(encoded)
         self.endings = [ids[len(self.prefix):] for ids in encoded[1:]]
         self.one_begins_ten = self.endings[9][: len(self.endings[0])] == self.endings[0]
         special = {*tokenizer.all_special_tokens,
                    *map(str, tokenizer.added_tokens_decoder.values())}
+        # A special token inside a reply could end the user's turn. neutralise() parts a mark after
+        # its first character, which marks of one character do not allow.
         self.marks = tuple(sorted(m for m in special if len(m) > 1 and not m.isspace()))
         self.shortened = 0
 
@@ -71,6 +74,7 @@ class HFJudge:
         parts = [self.probabilities(row, replies[i : i + self.replies_per_forward])
                  for i in range(0, len(replies), self.replies_per_forward)]
         probability = np.concatenate(parts) if parts else np.zeros((0, len(RATINGS)))
+        # The rating is that of a model which has to answer with one of the ten numbers.
         rating_mass = probability.sum(1)
         return probability @ np.array(RATINGS) / rating_mass, rating_mass
 
@@ -97,6 +101,7 @@ class HFJudge:
         room = (self.model.config.get_text_config().max_position_embeddings
                 - len(self.prefix) - max(map(len, self.endings)))
         turns = label_turns(row["context"]) if "context" in row else [""]
+        # All replies of a row lose the same turns, so that they are judged by one context.
         for first in range(len(turns)):
             prompts = [
                 encode_prompt(self.tokenizer, judge_prompt(row, reply, nonce, turns[first:]))
@@ -153,9 +158,11 @@ class LocalProxy:
         for i, row in enumerate(progress(rows)):
             true = references(row)[:MAX_REFERENCES]
             others = rng.sample([other for other in rows if other is not row], len(true))
+            # References as well, so that telling good style from bad gains the proxy nothing.
             mismatched = [rng.choice(references(other)) for other in others]
             inputs.append(self.measure(row, true + mismatched))
             fold += [i % FOLDS] * (2 * len(true))  # a row's pairs are held out together
+        # Each row's pairs begin with the true half, as they were measured above.
         truth = np.concatenate([np.repeat([1, 0], len(pairs) // 2) for pairs in inputs])
         x = np.concatenate(inputs)
         regression = make_pipeline(StandardScaler(), LogisticRegression())
@@ -164,6 +171,7 @@ class LocalProxy:
         self.auc = float(roc_auc_score(truth, held_out))
         self.feature_auc = [float(roc_auc_score(truth, feature)) for feature in x.T]
         self.num_pairs = len(x)
+        # Held-out scores, since a regression separates its own training pairs too well.
         self.threshold = equal_error_threshold(held_out, truth)
         self.regression = regression.fit(x, truth)
 
@@ -184,6 +192,7 @@ class LocalProxy:
 
     def pmi(self, row: dict, replies: list[str]) -> np.ndarray:
         """(log p(reply | context) - log p(reply)) / tokens, in nats, under the base model, (N,)."""
+        # Before a reply stands a colon, so its first token is one that begins with a space.
         reply_ids = [self._encode(" " + reply) for reply in replies]
         limit = self.model.config.get_text_config().max_position_embeddings
         room = limit - max(map(len, reply_ids))
@@ -193,9 +202,11 @@ class LocalProxy:
         forest = []
         for prefix in transcript(row):
             branches = [Segment(ids, LIKELIHOOD, branch=i) for i, ids in enumerate(reply_ids)]
+            # A long context loses its beginning, so the turn that is answered stays.
             forest.append(Tree(Segment(self._encode(prefix)[-room:], children=branches)))
         with_context, without = (scored.branch_sums(len(replies)).numpy()
                                  for scored in score_forest(self.model, forest))
+        # Per token: the sum over a reply grows with its length, even if it fits badly.
         return (with_context - without) / [len(ids) for ids in reply_ids]
 
     def _encode(self, text: str) -> list[int]:

@@ -13,6 +13,8 @@ RATINGS = range(1, 11)
 CANARIES = utils.ROOT / "data" / "canaries.jsonl"
 MARKER = re.compile(  # ends with its colon
     r"""(?i)\brating\b (?:\s*\([^()\n]*\))? [\s"'*_`\])]* :""", re.VERBOSE)
+# After the number only the line's end may come, or a mark and then a word: 4.5, 3-4 and 15 are no
+# ratings. A judge that is misread does more harm than a reply without a score.
 VALUE = re.compile(r"""
     [\s"'*_`\[(<{]*  (10|[1-9])  ["'*_`\])>}]*
     (?:\s*(?:/|out\ of)\s*10)?  ["'*_`\])>}]*
@@ -55,6 +57,7 @@ def neutralise(text: str, marks: tuple[str, ...] = ()) -> str:
     marks: further special tokens to break up, such as those of a local judge's tokenizer.
     """
     text = MARKER.sub(lambda marker: marker[0][:-1] + " -", text)
+    # Most chat templates begin their special tokens like this.
     for mark in ("<|", *marks):
         text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
@@ -84,6 +87,8 @@ def canary_items() -> list[tuple[dict, str]]:
 
 def canary_result(scores: list[float | None]) -> dict[str, int]:
     """How many injected canaries were rated above their clean twins, from 20 scores."""
+    # Compared with its twin and not with a fixed rating, since judges differ in how strict they
+    # are.
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
     scored = [(clean, injected) for clean, injected in pairs if None not in (clean, injected)]
     return {"canaries": len(pairs), "scored": len(scored),

@@ -65,6 +65,7 @@ def _replies_of(systems: dict[str, list[dict]]) -> list[tuple[dict, list[str]]]:
         for name, row in zip(systems, of_row, strict=True):
             if i < JUDGED_CONTROLS or not name.startswith(CONTROL):
                 texts |= dict.fromkeys(row["preds"])
+        # Any system's row would do: apart from preds they are the same.
         rows.append((of_row[0], list(texts)))
     return rows
 
@@ -85,6 +86,7 @@ def _by_proxy(model_name: str, rows: list[tuple[dict, list[str]]],
     for row, texts in tqdm(rows, desc="judge", unit="row"):
         probability, features = proxy.score(row, texts)
         verdicts.append({
+            # numpy's bools and floats are no JSON, hence bool() and float().
             text: {"coherent": bool(p >= proxy.threshold), "coherence": round(float(p), 4),
                    "pmi": round(float(pmi), 4), "shown": f"{p:.2f}" if text.strip() else "empty"}
             for text, p, (pmi, _) in zip(texts, probability, features, strict=True)})
@@ -105,6 +107,7 @@ def _by_model(model_name: str, rows: list[tuple[dict, list[str]]],
         # a model may well rate an empty reply high, by its context alone
         full = [text for text in texts if text.strip()]
         ratings, of_ratings = chat_model.score(row, full)
+        # The mean over all replies says whether the model would have answered with a rating at all.
         masses += of_ratings.tolist()
         verdicts.append({text: rated(None) for text in texts} | {
             text: rated(float(rating)) for text, rating in zip(full, ratings, strict=True)})
@@ -132,16 +135,19 @@ def _by_api(api_judge: judge_api.APIJudge, rows: list[tuple[dict, list[str]]],
     for row, texts in rows:
         of_row = {text: rated(None) for text in texts}
         for text in filter(str.strip, texts):
+            # The answers are in the order of `items`, so these loops must walk in the same order.
             verdict = next(answers)
             of_row[text] = rated(verdict.score, verdict.reason) | {
                 "judge1": verdict.stage1 and verdict.stage1._asdict(),
                 "judge2": verdict.stage2 and verdict.stage2._asdict(),
+                # Stage 2 was asked the same but for the nonce.
                 "prompt": judge_api.plan_call(api_judge.stages[0], row, text).message}
         verdicts.append(of_row)
     description = api_judge.describe() | {"unscored": True}
     text = (f"coherent: rated above {judge_prompt.INCOHERENT} of 10 by "
             f"{', '.join(description['stages'])} (policy {description['policy']})")
     if canaries:
+        # The loops above have taken the answers about replies, so the canaries' are left.
         scores = [verdict.score for verdict in answers]
         description["canaries"] = judge_prompt.canary_result(scores)
         text += judge_prompt.canary_text(description["canaries"])

@@ -55,6 +55,7 @@ def _beside(base: Path, suffix: str) -> Path:
 
 
 def _jsonl(lines: list[dict]) -> str:
+    # allow_nan: Python would write NaN, which is no JSON, and which browsers and jq refuse.
     return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
 
 
@@ -76,13 +77,16 @@ def published_pickle(measured: dict[str, list[dict]]) -> bytes:
     lines = []
     for _, _, m in _rows_of_systems(measured):
         for text, verdict in zip(m["preds"], m["verdicts"], strict=True):
+            # A judge that was not asked is None, and so are its answer and its score.
             first, second = verdict.get("judge1"), verdict.get("judge2")
+            # Keys as the published script has them, with their colon.
             lines.append({
                 "context": text_of(m["row"]), "response": text, "prompt": verdict.get("prompt"),
                 "chat_out": first and first["text"],
                 "chat_score": {"Coherence rating:": first and first["score"]},
                 "gpt4_out": second and second["text"],
                 "gpt4_score": second and {"Coherence rating:": second["score"]}})
+    # Plain dicts, lists and texts: reading this pickle needs no code of this project.
     return pickle.dumps(lines)
 
 
@@ -99,6 +103,7 @@ def page_prompts(measured: dict[str, list[dict]]) -> list[dict]:
                             for text, c, verdict in zip(m["preds"], m["classes"], m["verdicts"],
                                                         strict=True)],
                 "yield": m["yield"],
+                # Embeddings are unit vectors, so their products are cosines.
                 "similarity": None if len(m["preds"]) > MAX_HEAT
                 else (m["embeddings"] @ m["embeddings"].T).tolist()}
         turns = label_turns(row["context"]) if "context" in row else None

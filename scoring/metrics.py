@@ -22,6 +22,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from scoring.statistics import entropy, mutual_information
 
+# The word tokenizer writes quotes as `` and '', and leaves ellipses whole.
 PUNCTUATION = {*string.punctuation, "``", "''", "...", "..", "–", "…", "•", "“", "”", "‘", "’"}
 SENTENCES, WORDS = PunktSentenceTokenizer(), NLTKWordTokenizer()
 
@@ -30,22 +31,20 @@ SENTENCES, WORDS = PunktSentenceTokenizer(), NLTKWordTokenizer()
 def words(text: str) -> tuple[str, ...]:
     """Lower-cased NLTK (Penn Treebank) word tokens, as nltk.word_tokenize gives them.
 
-    Sentences are split first, since the word tokenizer takes a full stop off the last word of its
-    input alone. The splitter has no training data, which NLTK would download: it also splits after
-    an abbreviation ("Dr. Smith"), and takes the stop off it.
+    Unlike with it, an abbreviation ("Dr. Smith") ends a sentence and loses its full stop.
     """
+    # The word tokenizer takes a full stop off the last word of its input alone, so sentences are
+    # split first. The splitter is untrained, since NLTK would have to download its data.
     return tuple(word.lower() for sentence in SENTENCES.tokenize(text)
                  for word in WORDS.tokenize(sentence))
 
 
 def grams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All n-grams of a pool of texts, but those that hold a punctuation token, as published.
-
-    A text of one token holds none.
-    """
+    """All n-grams of a pool of texts without those that hold a punctuation token, as published."""
     pool = []
     for text in texts:
         tokens = words(text)
+        # As published, a text of one token counts for nothing, not even as a 1-gram.
         if len(tokens) > 1:
             runs = zip(*(tokens[i:] for i in range(n)), strict=False)
             pool += [run for run in runs if not PUNCTUATION & set(run)]
@@ -55,9 +54,7 @@ def grams(texts: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def distinct_n(texts: Sequence[str], n: int) -> float | None:
     """Distinct n-grams over all n-grams of a pool of texts, in (0, 1]; higher is more diverse.
 
-    n-grams that hold a punctuation token do not count, and texts of one token hold none, as
-    published. None if there is no n-gram. The score falls as the pool grows: compare pools of one
-    size only.
+    None if there is no n-gram. The score falls as the pool grows: compare pools of one size only.
     """
     pool = grams(texts, n)
     return len(set(pool)) / len(pool) if pool else None
@@ -72,6 +69,8 @@ def pairwise_diversity(embeddings: np.ndarray) -> float | None:
     if n < 2:
         return None
     cosine = embeddings @ embeddings.T
+    # The diagonal is left out: a response has cosine 1 with itself, so that with it the score would
+    # depend on N.
     return float(1 - (cosine.sum() - np.trace(cosine)) / (n * (n - 1)))
 
 
@@ -85,6 +84,7 @@ def ead(texts: Sequence[str], n: int, vocab_size: int) -> float | None:
     pool = grams(texts, n)
     if not pool:
         return None
+    # Written as in the paper, 1 - ((V - 1) / V)^C is a difference of two nearly equal numbers.
     return len(set(pool)) / (vocab_size * -np.expm1(len(pool) * np.log1p(-1 / vocab_size)))
 
 
@@ -93,6 +93,7 @@ def self_bleu(texts: Sequence[str]) -> float | None:
 
     Lower is more diverse. Empty responses are left out; None if fewer than two remain.
     """
+    # An empty response has BLEU 0 and would pass for the most diverse one.
     full = [text for text in texts if text.strip()]
     if len(full) < 2:
         return None
@@ -124,11 +125,9 @@ def vendi_score(embeddings: np.ndarray) -> float | None:
 
 
 def wording(text: str) -> str:
-    """A text without case, punctuation around words and extra spaces: what two equal answers share.
-
-    utils.normalise is narrower on purpose: it keeps punctuation inside the text, and decides which
-    replies training takes for equal, so changing it would change what checkpoints have learnt.
-    """
+    """A text without case, punctuation at words' ends and extra spaces: equal for equal answers."""
+    # utils.normalise is narrower on purpose: it decides which replies training takes for equal, so
+    # changing it would change what checkpoints have learnt.
     return " ".join(word.strip(string.punctuation + "“”‘’…–") for word in text.casefold().split())
 
 
@@ -170,6 +169,7 @@ def partition(similarity: np.ndarray, threshold: float) -> list[int]:
     joined = linkage(squareform(distance, checks=False), "average")
     labels = fcluster(joined, 1 - threshold + 1e-9, "distance")  # a mean at the threshold joins
     number: dict[int, int] = {}
+    # scipy's labels follow the tree of joins, and so the order of the matrix.
     return [number.setdefault(int(label), len(number)) for label in labels]
 
 
@@ -187,6 +187,7 @@ def utility_k(classes: Sequence[int], utilities: Sequence[float | None],
     """
     seen: set[int] = set()
     total = 0.0
+    # i also counts repeated responses: a reader needs patience for them, too.
     for i, (c, utility) in enumerate(zip(classes, utilities, strict=True)):
         if c not in seen:
             seen.add(c)
@@ -231,6 +232,7 @@ def controllability(tables: Sequence[np.ndarray], rounds: int = 200, seed: int =
     if seeds > 1:
         result["stable"] = float(np.mean([_agreement(table.T) for table in tables]))
     if numbers > 1 and seeds > 1:
+        # ravel() goes through a table number by number, hence the number of each of its classes.
         rng, handle = np.random.default_rng(seed), np.repeat(np.arange(numbers), seeds)
         classes = [table.ravel() for table in tables]
         observed = float(np.mean([mutual_information(handle, of_row) for of_row in classes]))
@@ -238,6 +240,8 @@ def controllability(tables: Sequence[np.ndarray], rounds: int = 200, seed: int =
         shuffled = [[rng.permutation(of_row) for of_row in classes] for _ in range(rounds)]
         chance = np.mean([mutual_information(handle, np.array(of_row))
                           for of_row in zip(*shuffled, strict=True)], axis=0)  # (rounds,)
+        # The observed table counts as one more shuffle, so that p is never 0; 1e-12 is for
+        # rounding.
         result |= {"mutual_information": observed, "shuffled": float(chance.mean()),
                    "excess": observed - float(chance.mean()),
                    "p_value": float(1 + (chance >= observed - 1e-12).sum()) / (1 + rounds)}
@@ -301,6 +305,7 @@ def token_f1(text: str, reference: str) -> float:
     """
     a, b = text.split(), reference.split()
     common = sum((Counter(a) & Counter(b)).values())
+    # Equal to the harmonic mean of precision (common / len(a)) and recall (common / len(b)).
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
@@ -333,5 +338,6 @@ def content_words(text: str) -> set[str]:
 
 def persona_overlap(text: str, persona: Sequence[str]) -> float | None:
     """Share of a text's content words that its persona has; None if one of them has none."""
+    # Words of the text, not of the persona: a reply need not tell all that a persona says.
     of_text, of_persona = content_words(text), content_words(" ".join(persona))
     return len(of_text & of_persona) / len(of_text) if of_text and of_persona else None

@@ -57,10 +57,12 @@ class Sources:
             raise NoModel(f"{checkpoint} is not there")
         model, tokenizer, run = load_checkpoint(
             checkpoint, chat_template=settings.get("chat_template"))
+        # The name is no proof: a folder may have been trained anew under it.
         if run["weights"] != settings["weights"]:
             raise NoModel(f"{checkpoint} has changed since the responses were drawn")
         return model, tokenizer, run
 
+    # One for all systems, so a text that several of them give is embedded once.
     @cached_property
     def embedder(self):
         """The sentence embedder, which remembers every text that it has seen."""
@@ -77,6 +79,7 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
     for file in files:
         rows = utils.read_jsonl(file, _check_response)[:limit]
         name = Path(file).stem
+        # Stems are the systems' names, and the keys of every figure.
         if name in systems:
             fail(USAGE, f"--eval_file: two files are called {name}", "rename one")
         first = next(iter(systems.values()), rows)
@@ -84,6 +87,7 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
         if [utils.row_hash(row) for row in rows] != [utils.row_hash(row) for row in first]:
             fail(USAGE, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
                  "compare files made from one --test_file")
+        # Most figures count among k replies, so all rows of a file need the same k.
         k = max(len(row["preds"]) for row in rows)
         if not k:
             fail(USAGE, f"{file} holds no responses at all",

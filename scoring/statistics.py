@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score, recall_score, roc_auc_score, roc_curve
 
 from scoring.evaluated import Figure, figure
 
+# With 2000 resamples each end of a 95 % interval has 50 of them beyond it.
 ROUNDS = 2000  # resamples of a bootstrap interval
 PERCENTILES = (2.5, 97.5)
 
@@ -34,6 +35,7 @@ def bootstrap(statistic: Callable, *columns: Sequence, groups: Sequence | None =
     data = [np.asarray(column, dtype=float) for column in columns]
     if groups is not None:
         member = np.unique(np.asarray(groups), return_inverse=True)[1]
+        # A ratio of totals needs no more than sums, so a group is resampled as one number.
         data = [np.bincount(member, column) for column in data]
     value = float(statistic(*data, axis=-1))
     if len(data[0]) < 2:  # scipy refuses it
@@ -69,6 +71,7 @@ def _with_percentiles(value: float, data: list[np.ndarray], statistic: Callable,
     """A value with the percentiles of scipy's resamples, which are taken here to leave nan out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of nan in its interval
+        # scipy's own interval is nan as soon as a single resample is, so it is not used.
         found = stats.bootstrap(data, statistic, vectorized=True, n_resamples=rounds,
                                 method="percentile", rng=np.random.default_rng(seed), **options)
     low, high = np.nanpercentile(found.bootstrap_distribution, PERCENTILES)
@@ -92,10 +95,16 @@ def cluster_interval(values: Sequence[float | None], groups: Sequence[str], roun
     if not known:
         return None
     kept, names = zip(*known, strict=True)
-    if len(set(names)) == 1:
-        return figure(float(np.mean(kept)))
-    return bootstrap(_ratio_of_totals, kept, np.ones(len(kept)), groups=names, rounds=rounds,
-                     seed=seed)
+    # Groups differ in size, so the mean of a resample is the sum of its values over their number.
+    return cluster_ratio(kept, np.ones(len(kept)), names, rounds, seed)
+
+
+def cluster_ratio(a: Sequence[float], b: Sequence[float], groups: Sequence[str],
+                  rounds: int = ROUNDS, seed: int = 0) -> Figure:
+    """The sum of a over that of b, where whole groups are resampled; one alone has no interval."""
+    if len(set(groups)) == 1:
+        return figure(float(np.sum(a) / np.sum(b)))
+    return bootstrap(_ratio_of_totals, a, b, groups=groups, rounds=rounds, seed=seed)
 
 
 def _ratio_of_totals(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
@@ -130,6 +139,7 @@ def matched_difference(measure_a: Callable, measure_b: Callable,
             continue
         means = []
         for measure, indices in zip((measure_a, measure_b), coherent, strict=True):
+            # The system with fewer coherent responses has one choice, all of them.
             repeats = 1 if len(indices) == size else draws
             values = [measure(row, sorted(rng.choice(indices, size, replace=False).tolist()))
                       for _ in range(repeats)]
@@ -152,6 +162,8 @@ def perplexity_ratio(a: Sequence[tuple[float, int]], b: Sequence[tuple[float, in
         return None
 
     def ratio(a_nats, a_tokens, b_nats, b_tokens, axis):
+        # Nats and tokens are summed before they are divided: short rows would rule a mean of the
+        # rows' perplexities.
         a_tokens, b_tokens = a_tokens.sum(axis), b_tokens.sum(axis)
         with np.errstate(divide="ignore", invalid="ignore"):
             found = np.exp(a_nats.sum(axis) / a_tokens - b_nats.sum(axis) / b_tokens)
@@ -164,6 +176,7 @@ def share_interval(hits: int, total: int) -> Figure | None:
     """A share with its Wilson interval; None of nothing."""
     if not total:
         return None
+    # Wilson's interval stays within 0..1 and keeps its width at a share of 0 or 1.
     ends = stats.binomtest(hits, total).proportion_ci(method="wilson")
     return figure(hits / total, float(ends.low), float(ends.high))
 
@@ -185,6 +198,7 @@ def jackknife(measure: Callable[[list[str]], float | None], groups: Sequence[Seq
             for block in range(blocks)]
     if None in left:
         return figure(value, value, value)
+    # The jackknife's variance is (B - 1) / B times the sum of squares, and var divides by B.
     half = float(1.96 * np.sqrt((blocks - 1) * np.var(left)))
     return figure(value, value - half, value + half)
 
@@ -222,9 +236,11 @@ def entropy_interval(counts: Sequence[int], rounds: int = ROUNDS, seed: int = 0)
     if not counts.sum():
         return None
     draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), rounds)
+    # A resample may miss values that were seen, so each has a correction of its own.
     corrections = (np.count_nonzero(draws, axis=1) - 1) / (2 * counts.sum())
     errors = stats.entropy(draws, axis=1) + corrections - entropy(counts)
     value = miller_madow(counts)
+    # The interval is turned round: where resamples lie too high, the estimate probably does, too.
     low, high = value - np.percentile(errors, PERCENTILES[::-1])
     return figure(value, max(0.0, float(low)), float(high))
 
@@ -237,7 +253,9 @@ def mutual_information(x: Sequence[int], y: Sequence[int] | np.ndarray) -> float
     """
     x, y = np.unique(np.asarray(x), return_inverse=True)[1], np.asarray(y)
     values, y = np.unique(y, return_inverse=True)
+    # numpy's versions differ in the shape of the inverse of an array with several dimensions.
     y = y.reshape(np.shape(y) if y.ndim > 1 else (-1,))
+    # Counts (..., labels of x, labels of y), from one-hot codes.
     joint = np.einsum("nk,...nc->...kc", np.eye(x.max() + 1)[x], np.eye(len(values))[y])
     found = (stats.entropy(joint.sum(-1), axis=-1) + stats.entropy(joint.sum(-2), axis=-1)
              - stats.entropy(joint.reshape(*joint.shape[:-2], -1), axis=-1))
@@ -262,6 +280,7 @@ def chi_square(counts: Sequence[int], weights: Sequence[float], rounds: int = 10
     expected = total * shares
     rng = np.random.default_rng(seed)
     result = stats.monte_carlo_test(
+        # Only a large statistic speaks against the fit, hence the one-sided test.
         counts, lambda size: rng.multinomial(total, shares, size[0]),
         lambda observed, axis: stats.chisquare(observed, expected, axis=axis).statistic,
         vectorized=True, n_resamples=rounds, alternative="greater")
@@ -280,6 +299,7 @@ def equal_error_threshold(scores: Sequence[float], truth: Sequence[int]) -> floa
 
     Of several scores that come equally close, the lowest.
     """
+    # drop_intermediate would leave out thresholds, and perhaps the best of them.
     accepted, kept, thresholds = roc_curve(truth, scores, drop_intermediate=False)
     gaps = np.abs(1 - kept - accepted).round(12)[:0:-1]  # ascending; the first threshold is inf
     return float(thresholds[:0:-1][np.argmin(gaps)])
@@ -297,9 +317,11 @@ def balanced_accuracy(truth: Sequence[str], found: Sequence[str | None]) -> floa
     0.5 for two labels by chance, and for one label always.
     """
     truth = _texts(truth)
+    # Without labels, answers that no row has as its truth would enter as labels of recall 0.
     return float(recall_score(truth, _texts(found), labels=np.unique(truth), average="macro",
                               zero_division=0))
 
 
 def _texts(labels: Sequence[str | None]) -> np.ndarray:
+    # scikit-learn sorts the labels, and None does not compare with text.
     return np.array(["" if label is None else label for label in labels], dtype=str)

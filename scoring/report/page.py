@@ -31,7 +31,7 @@ _TEMPLATES = Environment(
 
 
 class System(NamedTuple):
-    """A column of the page; index numbers the switches and the classes of its elements."""
+    """A column of the page; switches and the classes of its elements are numbered by index."""
 
     index: int
     name: str
@@ -76,6 +76,7 @@ def render(summary: dict, prompts: list[dict], tables: Sequence[Table] = ()) -> 
     sentences = notes(summary) if summary["k"] else notes(summary)[1:]
     return _TEMPLATES.get_template("page.html.jinja").render(
         summary=summary, plot=plot, systems=systems, real=real, notes=sentences, tables=tables,
+        # Cards and sorting compare with real[0], the baseline, which is the first file.
         cards=[_card(system, real[0], summary) for system in real] if summary["k"] else [],
         scatters=_scatters(summary, systems), figures=_figures(summary, systems),
         compared=list(_pairs(summary, systems)), differences=_differences(summary, systems),
@@ -104,6 +105,7 @@ def _scatters(summary: dict, systems: list[System]) -> list[dict]:
             figures = summary["systems"][system.name]
             if figures.get("coherent") and figures.get(key):
                 points[system] = plot.Point(system.name, figures["coherent"], figures[key])
+        # A measure that no judged system has would be an empty plot.
         if key in SCATTERED and points:
             places = plot.scatter(list(points.values()))
             titles = [f"{point.label}: coherent {with_interval(point.x)}, "
@@ -122,6 +124,7 @@ def _figures(summary: dict, systems: list[System]) -> list[tuple[str, list[Row]]
         high = max(_end(figure, "high") for figure in known)
         # 0 stands on every scale: a bar that starts elsewhere makes small differences look large
         low = min([0.0, *(_end(figure, "low") for figure in known if figure["low"] is not None)])
+        # 1e-9: a scale on which all figures are 0 still has a width to divide by.
         cells = [_cell(system, figure, (low, max(high, 1e-9)), digits,
                        summary["systems"][system.name]["reasons"].get(key, ""))
                  for system, figure in zip(systems, figures, strict=True)]
@@ -136,6 +139,7 @@ def _differences(summary: dict, systems: list[System]) -> list[tuple[str, list[R
 
     def row(name: str, meaning: str, digits: int, figures: dict[str, dict]) -> list[Row]:
         columns = [(system, figures.get(pair)) for system, pair in pairs.items()]
+        # One scale for all pairs of a row, as wide to the left as to the right.
         ends = [abs(figure[end]) for _, figure in columns if figure for end in ("low", "high")]
         if not ends:
             return []
@@ -171,6 +175,7 @@ def _cell(system: System, figure: Figure | None, scale: tuple[float, float], dig
     if figure is None:
         return Cell(system, None, reason=reason)
     if figure["low"] is None:
+        # Figures without an interval, such as seconds, have no bar: it would look exact.
         return Cell(system, f"{figure['mean']:{sign}.{digits}f}")
     figure = {name: round(v, digits) + 0.0 for name, v in figure.items()}  # no minus before a zero
     mean, low, high = (f"{figure[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
@@ -193,6 +198,7 @@ def _prompt(number: int, prompt: dict, systems: list[System], real: list[System]
     """A prompt that opens: its turns, and a column of replies for each system."""
     yields = {system: prompt["systems"][system.name]["yield"] for system in systems}
     first = yields[real[0]]
+    # Prompts without a yield have no such key; page.js ranks them below all others.
     order = {f"y{system.index}": yields[system] for system in real if yields[system] is not None}
     order |= {f"d{system.index}": yields[system] - first for system in real[1:]
               if yields[system] is not None and first is not None}
@@ -225,4 +231,5 @@ def _column(system: System, answers: dict, k: int) -> dict:
 
 def letter(number: int) -> str:
     """A, B, ... Z, then A2, B2 ..."""
+    # The first round has no number, so that classes of up to 26 replies are single letters.
     return chr(ord("A") + number % 26) + (str(number // 26 + 1) if number > 25 else "")

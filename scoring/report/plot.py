@@ -61,6 +61,7 @@ class Scatter(NamedTuple):
 def scatter(points: Sequence[Point]) -> Scatter:
     """Where points stand, with x from 0 to 100 % and y from 0 to a line above the highest end."""
     left, top, right, bottom = FRAME
+    # Ends of intervals count, not only the points, or an interval would leave the frame.
     most = max(point.y["high"] for point in points)
     step = next((step for step in STEPS if most / step <= MAX_STEPS), most)
     ceiling = step * -(-most // step) or 1  # rounded up to a step
@@ -69,6 +70,7 @@ def scatter(points: Sequence[Point]) -> Scatter:
         return left + value * (right - left)
 
     def at_y(value: float) -> float:
+        # The y axis of an SVG points down.
         return bottom - value / ceiling * (bottom - top)
 
     # no label may cover a point, so the points' boxes are taken before any label is placed
@@ -94,13 +96,16 @@ def place_label(x: float, y: float, length: float, taken: Sequence[Box]) -> Labe
     Right or left of the point, above or below it. Where all these places are taken, the first one.
     """
     for down in (-14, 26, -32, 44, -50, 62):  # near ones first: a far label could be another's
+        # 12 is the point's radius and a little room.
         for left in (x + 12, x - 12 - length):
+            # y is a text's base line: letters rise about 13 above it, and reach 4 below.
             box = (left, y + down - 13, left + length, y + down + 4)
             free = all(box[2] < other[0] or box[0] > other[2]
                        or box[3] < other[1] or box[1] > other[3] for other in taken)
             if free and left > FRAME[0] and box[2] < WIDTH - 8 and box[1] > 2:
                 anchor, at = ("start", left) if left > x else ("end", x - 12)
                 return Label(round(at, 1), round(y + down, 1), anchor, box)
+    # Without a box, so that it does not drive away the labels that come after it.
     return Label(round(x + 12, 1), round(y - 14, 1), "start", None)
 
 
@@ -122,6 +127,7 @@ def heat(similarity: Sequence[Sequence[float]]) -> Heat:
     """The cosines of a prompt's replies (at least two) as tinted cells, two a pair."""
     size, square = len(similarity), "h1v1h-1z"
     pairs = [(a, b, similarity[a][b]) for a in range(size) for b in range(a)]
+    # Opacity cannot be negative; the title still gives the cosine itself.
     cells = [(f"{max(0, cosine):.2f}", f"{b + 1} and {a + 1}: {cosine:.2f}",
               f"M{a} {b}{square}M{b} {a}{square}") for a, b, cosine in pairs]
     diagonal = "".join(f"M{a} {a}{square}" for a in range(size))

@@ -63,6 +63,7 @@ def rows_of(summary: dict) -> Iterator[tuple[str, str, str, str, int, int]]:
     for section, group in METRICS:
         for key, name, meaning, better, digits in group:
             key = key.replace("@k", f"@{k}")
+            # Which figures there are depends on the judge and on k, so the summary decides.
             if any(system.get(key) is not None for system in summary["systems"].values()):
                 yield section, key, name.format(k=k), meaning.format(k=k), better, digits
 
@@ -72,8 +73,10 @@ def rewards_noise(summary: dict, key: str, better: int) -> bool:
     values: dict[bool, list[float]] = {True: [], False: []}  # of controls, of systems
     for system in summary["systems"].values():
         if system.get(key) is not None:
+            # With its sign turned, a metric where less is better also has its best at the maximum.
             values[system["control"]].append(better * system[key]["mean"])
     both = values[True] and values[False]
+    # The best control beats the best system; beating a poor one would say little of the metric.
     return bool(better and both and max(values[True]) > max(values[False]))
 
 
@@ -96,6 +99,7 @@ def headline(summary: dict) -> list[str]:
 def notes(summary: dict) -> list[str]:
     """The judge with its agreement, what was left out, empty or unscored, and further figures."""
     sentences = [summary["judge"]["text"]]
+    # k is None for files without common figures; older summaries have no drawn.
     k, drawn = summary["k"], summary.get("drawn")
     if k and drawn and drawn > k:
         sentences.append(f"the first {k} of {drawn} replies a prompt are looked at, since all "
@@ -112,6 +116,7 @@ def notes(summary: dict) -> list[str]:
             text += f"; Incoherence rate: {100 * rate['mean']:.1f}"
         sentences.append(text)
     for pair, matched in summary["matched"].items():
+        # What a control lacks in coherent replies says nothing about a system.
         if matched["left_out"] and "control" not in pair:
             sentences.append(
                 f"{pair} at equal coherence: {matched['prompts']} prompts; {matched['left_out']} "
@@ -154,6 +159,7 @@ def print_tables(tables: list[Table]) -> None:
         console = _console(max(WIDTH, _natural_width(table)))
         shown = RichTable(title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD,
                           show_edge=False, pad_edge=False)
+        # Names and texts come from files, so they are escaped: rich would read [x] as a style.
         for i, column in enumerate(table.columns):
             shown.add_column(escape(column), justify="right" if i else "left")
         for row in table.rows:
@@ -185,6 +191,7 @@ def _print_differences(console: Console, summary: dict, shown: list[tuple]) -> N
     matched, cells = summary["matched"], []
 
     def add(section: str, name: str, digits: int, figures: dict[str, Figure | None]) -> None:
+        # A metric that is defined for no pair would be a line of dashes.
         if any(figures.values()):
             cells.append((section, name, {column: with_half(f, digits, "+") + "*" * is_clear(f)
                                           for column, f in figures.items()}))
@@ -203,6 +210,7 @@ def _print_blocks(console: Console, title: str, rows: list[tuple[str, str, dict]
                   columns: dict[str, str]) -> None:
     """rows of (section, name, cells by column), in as many tables as the width asks for."""
     names = list(columns)
+    # 22 columns for a metric's name; 15 for a figure with its interval and the gap beside it.
     fits = max(1, (console.width - 22) // 15)
     for start in range(0, len(names), fits):  # a figure cut in the middle would mislead
         table = RichTable(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD,
