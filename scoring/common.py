@@ -33,6 +33,7 @@ def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated
     They are withheld, with the reason, where the files have different numbers of replies a row:
     what is counted among k replies grows with k.
     """
+    # read_systems has padded the rows of a file to one length, so the first row is enough.
     counts = {name: len(rows[0]["preds"]) for name, rows in systems.items()}
     if len(set(counts.values())) > 1:
         return _withheld(systems, counts)
@@ -72,6 +73,7 @@ def add_controls(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """The systems, and what no good metric rewards, made of the first system's replies."""
     rows = next(iter(systems.values()))
     groups = [row["preds"] for row in rows]
+    # Made of replies, so that controls have the words and lengths of a real system.
     controls = {"random words": metrics.random_words(groups),
                 "shuffled": metrics.shuffled_replies(groups),
                 "repeated": metrics.repeated_first(groups)}
@@ -186,6 +188,7 @@ def _summarise_one(name: str, measured: list[dict], values: dict, sources: Sourc
     seconds = None if control else sources.summary(name).get("seconds_per_row")
     figures |= _count_replies(groups) | {
         "control": control, "seconds_per_row": None if seconds is None else figure(seconds)}
+    # Only a judge behind a server can fail to score a reply.
     if "unscored" in judge and not control:
         reasons = [v["unscored"] for m in measured for v in m["verdicts"] if v["unscored"]]
         figures["unscored"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
@@ -227,6 +230,7 @@ def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[d
     names = list(measured)
     first, baseline = measured[names[0]], values[names[0]]
     differences, matched = {}, {}
+    # A reply without a verdict (None) counts as not coherent: it cannot be matched.
     coherent = {name: [[v["coherent"] is True for v in m["verdicts"]] for m in measured[name]]
                 for name in names}
     for name in names[1:]:
@@ -241,6 +245,7 @@ def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[d
             coherent[names[0]]) for key, diversity in MATCHED.items()}
         matched[pair] = {
             "measures": {key: rounded(r["difference"]) for key, r in results.items()},
+            # All measures are compared on the same prompts, so the counts of one hold for all.
             **{key: results["distinct_k"][key] for key in ("prompts", "left_out", "responses")}}
     return differences, matched
 
@@ -263,6 +268,7 @@ def controllability(measured: dict[str, list[dict]], sources: Sources, classifie
     for name in sources.files:
         settings = sources.settings(name) or {}
         if settings.get("method") in HANDLED:
+            # Files whose settings differ in nothing but the seed are runs of one model.
             rest = {key: value for key, value in settings.items() if key != "seed"}
             runs.setdefault(json.dumps(rest, sort_keys=True), []).append(name)
     found = {}
