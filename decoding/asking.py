@@ -180,9 +180,12 @@ def _read_answer(row: _Collected, reply: Reply, args) -> None:
     else:
         pairs = parse_verbalized(reply.text)
         items = [text for text, _ in pairs]
+        # "Yes." and "yes" are one reply, here as in the other decodings.
+        kept = set(add_new(list(row.weights), items, len(row.weights) + len(items)))
         for text, probability in pairs:
-            # The first probability counts, because those of a later round belong to another list.
-            row.weights.setdefault(text, probability)
+            if text in kept:
+                # The first probability counts: those of a later round belong to another list.
+                row.weights.setdefault(text, probability)
     items = [item for item in items if item]
     row.tokens += reply.tokens
     row.asked += asked

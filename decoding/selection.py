@@ -30,6 +30,8 @@ def choose(
     min_relevance: float = MIN_RELEVANCE,
 ) -> list[int]:
     """Indices of `number` of the M responses; embeddings (M, D), relevance (M,), number <= M."""
+    if number == 0:  # a row whose responses are all empty, or were all refused by a server
+        return []
     relevant = np.flatnonzero(relevance >= min_relevance)
     if len(relevant) < number:  # too few to choose from: the most relevant ones are taken
         return np.argsort(-relevance, kind="stable")[:number].tolist()

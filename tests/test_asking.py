@@ -186,3 +186,11 @@ def test_a_verbalized_row_counts_what_could_be_read_and_is_the_same_for_one_seed
 )
 def test_numbers_part_a_list_on_one_line_and_stay_where_they_are_said(answer, items):
     assert asking.parse_list(answer) == items
+
+
+def test_a_verbalized_reply_in_another_spelling_is_no_new_one():
+    """Three asked for; "yes" repeats "Yes.", so one of three is missing after all rounds."""
+    said = [f"<response><text>{text}</text><probability>0.3</probability></response>"
+            for text in ("Yes.", "yes", "No.")]
+    row = ask(Scripted(*["".join(said)] * 3), "verbalized")
+    assert sorted(row.texts) == ["No.", "Yes."]

@@ -63,3 +63,9 @@ def test_every_way_returns_as_many_as_asked_and_none_twice(seed, count, number, 
     chosen = selection.choose(how, vectors, rng.uniform(-1, 1, count), min(number, count))
     assert len(chosen) == len(set(chosen)) == min(number, count)
     assert set(chosen) <= set(range(count))
+
+
+@pytest.mark.parametrize("how", ["mmr", "dpp", "medoids"])
+def test_of_no_responses_none_is_chosen(how):
+    """A row whose responses are all empty once ended the run with a numpy error."""
+    assert selection.choose(how, np.zeros((0, 3)), np.zeros(0), 0) == []
