@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import utils
 from modeling.checkpoints import load_checkpoint
 from modeling.embedder import load_embedder
+from scoring import answers
 from utils import EMBEDDED, USAGE, fail, info, made_by
 
 
@@ -73,18 +74,19 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
     """The rows of every file by its stem; all files must hold the same rows.
 
     Rows with fewer responses than others of their file, since a list could not be read or a server
-    refused, are padded with empty ones, which count as incoherent.
+    refused, are padded with empty ones, which count as incoherent. Rows of a file are all of one
+    kind, verifiable (scoring/answers.py) or not.
     """
     systems: dict[str, list[dict]] = {}
     for file in files:
-        rows = utils.read_jsonl(file, _check_response)[:limit]
+        rows = utils.read_jsonl(file, _one_kind_check())[:limit]
         name = Path(file).stem
         # Stems are the systems' names, and the keys of every figure.
         if name in systems:
             fail(USAGE, f"--eval_file: two files are called {name}", "rename one")
         first = next(iter(systems.values()), rows)
         # differences are paired by row: the same prompts in the same order
-        if [utils.row_hash(row) for row in rows] != [utils.row_hash(row) for row in first]:
+        if [_identity(row) for row in rows] != [_identity(row) for row in first]:
             fail(USAGE, f"{file} holds other rows than {files[0]} ({len(rows)} and {len(first)})",
                  "compare files made from one --test_file")
         # Most figures count among k replies, so all rows of a file need the same k.
@@ -100,6 +102,27 @@ def read_systems(files: list[str], limit: int | None) -> dict[str, list[dict]]:
     return systems
 
 
+def _identity(row: dict) -> tuple:
+    """What must be equal in two rows for their replies to be compared."""
+    # by the same prompt, two versions of a file may hold other right answers
+    return utils.row_hash(row), row.get("answers"), row.get("rule"), row.get("category")
+
+
+def _one_kind_check() -> Callable[[dict], str | None]:
+    """A check of a file's rows in turn: each is right by itself, and of the first one's kind."""
+    kinds: list[bool] = []
+
+    def check(row: dict) -> str | None:
+        kinds.append(answers.is_verifiable(row))
+        if kinds[-1] != kinds[0]:
+            have, first = ("has", "has none") if kinds[-1] else ("has no", "has")
+            return (f'{have} "answers" or "rule" and the first row {first}: the two kinds have '
+                    "different figures; evaluate them apart")
+        return _check_response(row)
+
+    return check
+
+
 def _check_response(row: dict) -> str | None:
     """What is wrong with a row of outs/X.jsonl, or None."""
     preds = row.get("preds")
@@ -107,6 +130,8 @@ def _check_response(row: dict) -> str | None:
         return 'needs "preds", a list of strings; infer.py writes them'
     if row.get("prompt") == "":
         return None  # a continuation of nothing, as control tokens allow it
+    if answers.is_verifiable(row):
+        return answers.check_row(row)
     return utils.check_row(row, candidates=False)
 
 
