@@ -134,7 +134,9 @@ def redact(text: str) -> str:
 def hide_keys(text: str) -> str:
     """Text without the keys of this run, and else unchanged: for replies, which are data."""
     # Also keys of providers that this run does not ask: a proxy may have them in an error.
-    for key in _KEYS_READ | {os.environ.get(name, "").strip() for _, name in PROVIDERS.values()}:
+    keys = _KEYS_READ | {os.environ.get(name, "").strip() for _, name in PROVIDERS.values()}
+    # The longest first: a key that holds a shorter one would else keep its ends.
+    for key in sorted(keys, key=len, reverse=True):
         if len(key) >= MIN_KEY:
             text = text.replace(key, "[key]")
     return text

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import f1_score, recall_score, roc_auc_score, roc_curve
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from scoring.evaluated import Figure, figure
 
@@ -292,17 +292,6 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Probability that a positive scores above a negative, ties half (area under the ROC curve)."""
     truth = np.repeat([1, 0], [len(positive), len(negative)])
     return float(roc_auc_score(truth, np.concatenate([positive, negative])))
-
-
-def equal_error_threshold(scores: Sequence[float], truth: Sequence[int]) -> float:
-    """The score where positives below it and negatives at or above it are equally frequent.
-
-    Of several scores that come equally close, the lowest.
-    """
-    # drop_intermediate would leave out thresholds, and perhaps the best of them.
-    accepted, kept, thresholds = roc_curve(truth, scores, drop_intermediate=False)
-    gaps = np.abs(1 - kept - accepted).round(12)[:0:-1]  # ascending; the first threshold is inf
-    return float(thresholds[:0:-1][np.argmin(gaps)])
 
 
 def macro_f1(truth: Sequence[str], found: Sequence[str | None], labels: Sequence[str]) -> float:

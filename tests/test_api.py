@@ -330,3 +330,9 @@ def test_flags_that_name_models_do_not_wait_for_torch_or_a_providers_package():
     code = ("import sys; from decoding import providers; providers.parse_spec('openai:m')\n"
             "sys.exit(bool({'torch', 'openai', 'together'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_key_that_holds_another_one_is_hidden_whole(monkeypatch):
+    """The shorter one taken out first would leave the ends of the longer one."""
+    monkeypatch.setattr(providers, "_KEYS_READ", {"tomato-soup", "sk-tomato-soup-42"})
+    assert providers.hide_keys("the key sk-tomato-soup-42 is wrong") == "the key [key] is wrong"

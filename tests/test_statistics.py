@@ -205,12 +205,6 @@ def test_auc_is_the_share_of_pairs_in_order(positive, negative, want):
     assert statistics.auc(positive, negative) == roc_auc_score(truth, [*positive, *negative])
 
 
-def test_the_equal_error_threshold_is_the_score_where_both_errors_are_as_frequent():
-    """True 0.9 0.8 0.4, false 0.5 0.2 0.1: at 0.5 a third of each side is on the wrong side."""
-    scores, truth = [0.9, 0.8, 0.4, 0.5, 0.2, 0.1], [1, 1, 1, 0, 0, 0]
-    assert statistics.equal_error_threshold(scores, truth) == 0.5
-
-
 def test_f1_and_balanced_accuracy_by_hand():
     """Truth a a a b, found a b None b. a: precision 1, recall 1/3, F1 1/2; b: 1/2, 1, F1 2/3."""
     truth, found = ["a", "a", "a", "b"], ["a", "b", None, "b"]
