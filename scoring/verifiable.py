@@ -16,9 +16,10 @@ requests of one category are not independent, so all intervals are over categori
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import utils
-from scoring import answer_figures, answers, common, diversity, logs, metrics, statistics
+from scoring import answers, common, diversity, logs, metrics, statistics
 from scoring.answers import Answer, normalise
 from scoring.evaluated import CONTROL, VERIFIABLE, Evaluated, Figure, figure, rounded
 from scoring.sources import Sources
@@ -26,9 +27,11 @@ from utils import text_of
 
 EXAMPLES = 5  # requests that the terminal shows side by side
 SHOWN = 10  # replies of a request there
-# Figures that are no mean over rows: they have no difference by row.
-WHY_NONE = answer_figures.WHY_NONE | {
-    "collision_ratio": "it needs two replies a request and lists of all right answers"}
+WHY_NONE = {
+    "coverage": "the requests have rules, not lists of all right answers",
+    "collision": "one reply a request has nothing to be the same as",
+    "collision_ratio": "it needs two replies a request and lists of all right answers",
+    "seconds_per_row": common.NO_SPEED}
 
 
 def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated:
@@ -40,7 +43,7 @@ def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated
     # all at once: batches of texts of one length are the fastest
     sources.embedder.encode([text for rows in systems.values() for row in rows
                              for text in row["preds"]])
-    found = {name: answer_figures.find_all(rows) for name, rows in systems.items()}
+    found = {name: find_all(rows) for name, rows in systems.items()}
     replies = {name: [describe(row, of_row) for row, of_row in zip(rows, found[name], strict=True)]
                for name, rows in systems.items()}
     summary = _summarise(systems, found, sources) | {
@@ -54,6 +57,12 @@ def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated
 # ---- replies ------------------------------------------------------------------------------------
 
 
+def find_all(rows: list[dict]) -> list[list[Answer | None]]:
+    """Per row, per reply: the right answer that it gives, or None."""
+    return [[find_answer(reply) for reply in row["preds"]]
+            for row in rows for find_answer in [answers.finder(row)]]
+
+
 def describe(row: dict, found: Sequence[Answer | None]) -> list[dict]:
     """A row's replies: {"text", "answer": canonical or None, "repeated"}.
 
@@ -63,8 +72,9 @@ def describe(row: dict, found: Sequence[Answer | None]) -> list[dict]:
     for text, answer in zip(row["preds"], found, strict=True):
         # In a pair, since the words of a wrong reply could be the name of an answer by a rule.
         key = (answer is None, normalise(text) if answer is None else answer)
-        described.append({"text": text, "answer": answer_figures.name_of(row, answer),
-                          "repeated": key in seen})
+        # An int is the number of a listed answer; one by a rule is its canonical form already.
+        name = row["answers"][answer][0] if isinstance(answer, int) else answer
+        described.append({"text": text, "answer": name, "repeated": key in seen})
         seen.add(key)
     return described
 
@@ -118,7 +128,7 @@ def _summarise(systems: dict[str, list[dict]], found: dict[str, list], sources: 
     categories, k = [row["category"] for row in first], len(first[0]["preds"])
     values = {name: _per_row(rows, found[name], sources.embedder)
               for name, rows in systems.items()}
-    matched = {name: answer_figures.matched_yield(found[name], found[names[0]], categories)
+    matched = {name: matched_yield(found[name], found[names[0]], categories)
                for name in names[1:]}
     vocabulary = len(sources.embedder.tokenizer)
     return {
@@ -172,8 +182,7 @@ def _summarise_one(name: str, rows: list[dict], values: dict[str, list[float | N
     seconds = None if control else sources.summary(name).get("seconds_per_row")
     figures |= common.count_replies(groups) | {
         "control": control, "seconds_per_row": None if seconds is None else figure(seconds)}
-    why = WHY_NONE | {"seconds_per_row": common.NO_SPEED}
-    figures["reasons"] = {key: why.get(key, diversity.why_none(len(groups[0])))
+    figures["reasons"] = {key: WHY_NONE.get(key, diversity.why_none(len(groups[0])))
                           for key, value in figures.items() if value is None}
     return figures
 
@@ -193,3 +202,29 @@ def _collision_ratio(rows: list[dict], collisions: list[float | None]) -> Figure
 def _minus(a: Sequence[float | None], b: Sequence[float | None]) -> list[float | None]:
     """a - b where both are defined."""
     return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+
+
+# ---- at equal validity --------------------------------------------------------------------------
+
+
+def matched_yield(ours: list[list[Answer | None]], theirs: list[list[Answer | None]],
+                  categories: Sequence[str]) -> dict:
+    """The difference in yield at equal validity, as statistics.matched_difference has it.
+
+    Per row, of both systems as many right replies as the poorer one has are compared; a row counts
+    where both have two. Returns difference, prompts, left_out, and responses per system.
+    """
+    results = []
+    # row by row, since the interval of matched_difference takes rows to be independent
+    for number, pair in enumerate(zip(ours, theirs, strict=True)):
+        measures = [partial(_yield_among, of_row) for of_row in pair]
+        valid = [[[answer is not None for answer in of_row]] for of_row in pair]
+        results.append(statistics.matched_difference(*measures, *valid, seed=number))
+    differences = [result["difference"] and result["difference"]["mean"] for result in results]
+    return {"difference": rounded(statistics.cluster_interval(differences, categories)),
+            **{key: sum(result[key] for result in results)
+               for key in ("prompts", "left_out", "responses")}}
+
+
+def _yield_among(of_row: list[Answer | None], _: int, keep: list[int]) -> int:
+    return len({of_row[i] for i in keep})

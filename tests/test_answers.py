@@ -1,8 +1,7 @@
-"""Verifiable tasks: what is a right answer, what is the same one, and the figures of both."""
+"""Verifiable tasks: what is a right answer, what is the same one, and the figures of a prompt."""
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import utils
-from scoring import answer_figures, answers, rules
+from scoring import answers, rules
 from scoring.answers import check_row, figures, find, normalise
 from utils import USAGE
 
@@ -190,69 +189,6 @@ def test_wrong_replies_are_distinct_but_never_the_same_right_answer_and_empty_on
 def test_coverage_and_collision_are_none_where_they_are_not_defined():
     one = figures(["14"], ["14"], None)
     assert one["coverage"] is None and one["collision"] is None and one["yield"] == 1
-
-
-def system(*groups: list[str]) -> list[dict]:
-    """Rows of two categories, two requests each."""
-    return [{**BIRDS, "category": name, "preds": list(preds)} for name, preds in zip(("a", "a", "b", "b"), groups, strict=True)]
-
-
-LOW = system(["crow", "crow"], ["crow", "crow"], ["crow", "stone"], ["stone", "stone"])
-HIGH = system(["crow", "finch"], ["crow", "finch"], ["crow", "goose"], ["stone", "stone"])
-
-
-def test_a_system_is_summed_up_with_intervals_over_categories():
-    """valid of LOW by row: 1 1 .5 0; by category 1 and .25, so that resampled categories give .25 to 1."""
-    summary = answer_figures.measure({"low": LOW}).summary
-    assert (summary["k"], summary["rows"], summary["categories"]) == (2, 4, 2)
-    assert summary["systems"]["low"]["valid"] == {"mean": 0.625, "low": 0.25, "high": 1.0}
-    assert summary["systems"]["low"]["yield"] == {"mean": 0.75, "low": 0.5, "high": 1.0}
-    assert summary["systems"]["low"]["collision"]["mean"] == 0.5
-    assert summary["differences"] == {}
-
-
-def test_systems_are_compared_by_request_and_at_equal_validity():
-    """yield of HIGH - LOW by row: 1 1 1 0; at two right replies each only the first two rows count: 1 and 1."""
-    summary = answer_figures.measure({"low": LOW, "high": HIGH}).summary
-    assert summary["differences"]["high - low"]["yield"] == {"mean": 0.75, "low": 0.5, "high": 1.0}
-    # both rows are of one category, which alone has no interval
-    assert summary["matched"]["high - low"] == {
-        "difference": {"mean": 1.0, "low": None, "high": None}, "prompts": 2, "left_out": 2, "responses": 4}
-
-
-def test_at_equal_validity_more_right_replies_of_the_same_kinds_gain_nothing():
-    """Ten right replies, crow and finch by turns, against crow and finch: two of ten differ in 5 of 9 draws."""
-    alternating = [[0, 1] * 5] * 40
-    matched = answer_figures.matched_yield(alternating, [[0, 1] + [None] * 8] * 40, list(map(str, range(40))))
-    assert matched["difference"]["mean"] == pytest.approx(5 / 9 - 1, abs=0.05)
-
-
-def test_a_line_per_reply_names_the_answer_that_it_gives():
-    lines = answer_figures.measure({"low": system(["Crows!", "stone"], *[["crow", "crow"]] * 3)}).lines
-    assert len(lines) == 8
-    assert [(line["response"], line["answer"]) for line in lines[:2]] == [("Crows!", "crow"), ("stone", None)]
-
-
-def test_figures_are_withheld_where_systems_have_different_numbers_of_replies():
-    summary = answer_figures.measure({"low": LOW, "one": [{**row, "preds": row["preds"][:1]} for row in LOW]}).summary
-    assert summary["k"] is None and "low 2, one 1" in summary["reasons"]["all figures"]
-    assert "low 2, one 1" in answer_figures.tables(summary)[0].notes[0]
-
-
-def test_rules_have_no_coverage_and_the_table_says_why():
-    rows = [{**ruled("integer", min=1), "category": name, "preds": ["1", "2"]} for name in "ab"]
-    summary = answer_figures.measure({"rules": rows}).summary
-    assert summary["systems"]["rules"]["coverage"] is None
-    assert "coverage" in summary["systems"]["rules"]["reasons"]
-    table = answer_figures.tables(summary)[0]
-    assert table.columns[2] == "yield@2" and table.rows[0][2] == "2.00 [2.00, 2.00]" and table.rows[0][4] == "—"
-    assert any("lists of all right answers" in note for note in table.notes)
-
-
-def test_the_summary_is_json_and_its_tables_have_a_cell_per_column():
-    summary = json.loads(json.dumps(answer_figures.measure({"low": LOW, "high": HIGH}).summary, allow_nan=False))
-    for table in answer_figures.tables(summary):
-        assert all(len(row) == len(table.columns) for row in table.rows)
 
 
 def test_the_number_of_answers_is_that_of_the_list():

@@ -15,7 +15,7 @@ import infer
 import train
 from scoring.report.page import render
 from scoring.sources import read_systems
-from scoring.verifiable import describe
+from scoring.verifiable import describe, matched_yield
 
 __all__ = ["score"]  # a fixture
 
@@ -73,6 +73,30 @@ def test_differences_are_over_categories_and_at_equal_validity(files, tmp_path, 
     assert summary["matched"]["tuned - base"] == {
         "measures": {"yield@4": {"mean": 1, "low": 1, "high": 1}},
         "prompts": 2, "left_out": 1, "responses": 5}
+
+
+def test_intervals_resample_whole_categories(tmp_path, score):
+    """valid by row 1 1 1/2 0, by category 1 and 1/4; where two right replies each are compared,
+    only the rows of category a are left, and one category alone has no interval.
+    """
+    rows = [{**ROWS[0], "prompt": f"Name a bird ({i}).", "category": "aabb"[i]} for i in range(4)]
+    low = [["crow", "crow"], ["crow", "crow"], ["crow", "stone"], ["stone", "stone"]]
+    high = [["crow", "finch"], ["crow", "finch"], ["crow", "robin"], ["stone", "stone"]]
+    files = [answered(tmp_path / f"{name}.jsonl", preds, rows)
+             for name, preds in (("low", low), ("high", high))]
+    summary = score(files, tmp_path / "x.json", "--no_controls")
+    assert summary["systems"]["low"]["valid"] == {"mean": 0.625, "low": 0.25, "high": 1}
+    assert summary["systems"]["low"]["yield@2"] == {"mean": 0.75, "low": 0.5, "high": 1}
+    assert summary["differences"]["high - low"]["yield@2"] == {"mean": 0.75, "low": 0.5, "high": 1}
+    assert summary["matched"]["high - low"] == {
+        "measures": {"yield@2": {"mean": 1, "low": None, "high": None}},
+        "prompts": 2, "left_out": 2, "responses": 4}
+
+
+def test_at_equal_validity_more_right_replies_of_the_same_kinds_gain_nothing():
+    """Ten right replies, two kinds by turns, against one of each: two of ten differ in 5 of 9."""
+    matched = matched_yield([[0, 1] * 5] * 40, [[0, 1] + [None] * 8] * 40, list(map(str, range(40))))
+    assert matched["difference"]["mean"] == pytest.approx(5 / 9 - 1, abs=0.05)
 
 
 def test_the_figures_that_need_no_judge_stand_beside_them_and_those_of_a_judge_do_not(
