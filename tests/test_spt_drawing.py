@@ -84,10 +84,12 @@ def test_greedy_replies_are_those_of_ordinary_decoding(tokenizer, soft_prompt):
 def test_a_fused_sample_is_one_voice(tokenizer):
     """All branches take the drawn token: a mixture of one prompt with itself is its sample."""
     model, args = prepared(tokenizer, "--K", "2")
+    prompts = soft_prompts(model).prompts.data
+    prompts[1] = prompts[0]
     args = drawing_args(args, "fused", 2)
     both, one = (inference.decode_tree(
-        ROWS[0] | {"soft_prompts": own, "scores": [0.0] * len(own)}, tokenizer, args)
-        for own in ([1, 1], [1]))
+        ROWS[0] | {"soft_prompts": [], "scores": [0.0] * count}, tokenizer, args)
+        for count in (2, 1))
     assert sample(model, [both], [7], 0, -1, 6) == sample(model, [one], [7], 0, -1, 6)
 
 
@@ -118,7 +120,18 @@ def test_prompts_are_fixed_all_drawn_or_fused(finished, tmp_path):  # noqa: F811
     assert {k for row in many for k in row["soft_prompts"]} == {1, 2, 3, 4}
     fused = drawn(finished, tmp_path, "fused", "--soft_prompt", "fused",
                   "--num_response_per_input", "2")
-    assert all(len(row["preds"]) == 2 for row in fused)
+    assert all(len(row["preds"]) == 2 and row["soft_prompts"] == [] for row in fused), \
+        "a fused reply belongs to all prompts"
+
+
+def test_every_reply_has_its_prompt_in_the_order_of_drawing(finished, tmp_path):  # noqa: F811
+    """Two replies under each of 4 prompts come in two turns; 3 beams all grow from one prompt."""
+    twice = drawn(finished, tmp_path, "twice", "--soft_prompt", "all", "--num_response_per_input",
+                  "2")
+    assert all(row["soft_prompts"] == [1, 2, 3, 4] * 2 and len(row["preds"]) == 8 for row in twice)
+    beams = drawn(finished, tmp_path, "beams", "--decoding", "beam", "--num_response_per_input",
+                  "3", "--prompt_id", "2")
+    assert all(row["soft_prompts"] == [2] * 3 and len(row["preds"]) == 3 for row in beams)
 
 
 @pytest.mark.parametrize(("flags", "problem"), [
@@ -208,3 +221,33 @@ def test_a_terminal_chat_answers_clears_reloads_saves_and_leaves(finished, tmp_p
     row, = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
     assert row["turns"][0::2] == ["Do you sell tomatoes?", "And fish?"] and len(row["turns"]) == 4
     assert len(row["soft_prompts"]) == 2 and row["persona"] == ROWS[0]["persona"]
+
+
+def chat_with(finished, tmp_path, monkeypatch, typed: list[str], *flags: str):  # noqa: F811
+    """A chat in this process, in which these lines are typed."""
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
+    path, _, checkpoint = finished
+    infer.main(["--interactive", "--model_name_or_path", f"{checkpoint}/", "--test_file", str(path),
+                "--save_file", str(tmp_path / "chat.jsonl"), "--max_new_tokens", "4", *flags])
+
+
+def test_a_special_token_typed_by_the_user_does_not_end_the_chat(
+        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The chat says what is wrong, and the turn is not part of the dialogue."""
+    chat_with(finished, tmp_path, monkeypatch,
+              ["Do you sell <|im_end|>?", "Do you sell tomatoes?", "save", "exit"])
+    shown = capsys.readouterr()
+    assert "the chat: row 1 contains the special token <|im_end|>" in shown.err
+    assert "(that cannot be answered; say it differently, or clear)" in shown.out
+    row, = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert row["turns"][0] == "Do you sell tomatoes?" and len(row["turns"]) == 2
+
+
+def test_a_fused_reply_of_a_chat_belongs_to_no_single_prompt(
+        finished, tmp_path, monkeypatch, capsys):  # noqa: F811
+    chat_with(finished, tmp_path, monkeypatch, ["Do you sell tomatoes?", "save", "exit"],
+              "--soft_prompt", "fused")
+    assert "[all prompts together; scores " in capsys.readouterr().out
+    row, = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    assert len(row["turns"]) == 2 and row["soft_prompts"] == []

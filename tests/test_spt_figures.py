@@ -79,6 +79,20 @@ def test_the_first_reply_is_compared_where_prompts_are_unknown():
     assert evaluation.reply_of({"preds": PREDS, "selected": 1}) == "Never."
 
 
+def test_a_fused_reply_is_the_first_one_also_in_files_that_name_all_prompts(tmp_path):
+    """Prompt 3 of 4 is selected. One reply: there is no third; four replies: the first again."""
+    old = {"soft_prompts": [1, 2, 3, 4], "selected": 3}
+    assert evaluation.reply_of({"preds": ["Never."]} | old) == "Never."
+    assert evaluation.reply_of({"preds": ["Never.", "No!"], "soft_prompts": [], "selected": 1}
+                               ) == "Never."
+    rows = [row | {"preds": [row["response"], "No!", "Never.", "Yes, with my whole heart!"]} | old
+            for row in ROWS]
+    result = measured(tmp_path, rows,
+                      {"method": "spt", "engine": "openai", "soft_prompt": "fused"})
+    assert result.summary["systems"]["a"]["figures"]["embedding"]["mean"] == 1
+    assert all(line["soft_prompts"] == [] for line in result.lines)
+
+
 def test_gain_over_the_baseline_is_the_mean_over_columns():
     """11 against 10 is 10 % more, 3 against 2 is 50 %: 30 %; what one of them lacks is left out."""
     columns = dict.fromkeys(published.COLUMNS)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import utils
 from methods.spt import personas
+from utils import USAGE
 
 HELP = ("exit: leave; clear: forget the dialogue; r: reload the personas, take the next one; "
         "save: keep the dialogue")
@@ -24,6 +25,7 @@ def talk(answer: Answer, args, weights: str | None) -> None:
 
     answer(row, turn) gives the row with its soft prompts and scores, a reply, and whether the
     oldest turns were dropped. Every reply is followed by the prompt that gave it and all scores.
+    Words that cannot be answered, such as a special token, are refused, and the chat goes on.
     """
     people = _personas_in(personas.read(args.test_file))
     save_file = Path(args.save_file or f"outs/chat_{datetime.now():%Y-%m-%d-%H%M}.jsonl")
@@ -53,7 +55,14 @@ def talk(answer: Answer, args, weights: str | None) -> None:
         elif line:
             # a turn is a line: clean_reply has taken the line breaks out of replies
             context = "\n".join([*turns, line])
-            row, text, dropped = answer({"persona": people[person], "context": context}, asked)
+            try:
+                row, text, dropped = answer({"persona": people[person], "context": context}, asked)
+            except SystemExit as stop:
+                if stop.code != USAGE:
+                    raise
+                # utils.fail has said why; in a chat, that is no reason to lose the dialogue
+                print("(that cannot be answered; say it differently, or clear)")
+                continue
             # an empty reply counts, too: the same words draw from another seed when said again
             asked += 1
             if not text:
@@ -89,7 +98,6 @@ def _show(persona: list[str]) -> None:
 def _describe(row: dict, soft_prompt: str) -> str:
     """Which prompt spoke, and the retriever's scores."""
     scores = " ".join(f"{score:.3f}" for score in row["scores"])
-    speaker = f"prompt {row['soft_prompts'][0]}"
-    if soft_prompt == "fused":
-        speaker = "all prompts together"
+    speaker = "all prompts together" if soft_prompt == "fused" else \
+        f"prompt {row['soft_prompts'][0]}"
     return f"{speaker}; scores {scores}"

@@ -2,7 +2,8 @@
 
 Figures of each system, for rows with `response`, what the person really said (infer.py --method spt
 writes them). One reply of a row is compared with it: the one under the selected prompt, or the
-first. Diversity is that of all replies of a row.
+first where replies belong to all prompts (fused) or to unknown ones. Diversity is that of all
+replies of a row.
 
 | figure                 | meaning                                                                 |
 | nll                    | nats per token of the true reply, end included, under the selected      |
@@ -49,6 +50,7 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
                 f"row {bare[0]} of {name} has no response to compare replies with")
     summary, lines, first = {"systems": {}, "differences": {}}, [], None
     for name, rows in systems.items():
+        rows = _prompts_of_replies(rows, sources.settings(name) or {})
         nlls, no_nll = _nlls_of_rows(rows, sources, name)
         figures = [row_figures(row, nll, sources.embedder)
                    for row, nll in zip(rows, nlls, strict=True)]
@@ -118,10 +120,22 @@ def _nlls_of_rows(rows: list[dict], sources, name: str
 # ---- figures ------------------------------------------------------------------------------------
 
 
+def _prompts_of_replies(rows: list[dict], settings: dict) -> list[dict]:
+    """The rows with the prompt of every reply in soft_prompts, none where replies were fused.
+
+    Earlier files name there all prompts of the mixture.
+    """
+    if settings.get("soft_prompt") != "fused":
+        return rows
+    return [row | {"soft_prompts": []} for row in rows]
+
+
 def reply_of(row: dict) -> str:
-    """The reply under the selected prompt, or the first where prompts are unknown."""
+    """The reply under the selected prompt, or the first where replies have no prompt of their own.
+    """
     prompts = row.get("soft_prompts", [])
-    if row.get("selected") in prompts:
+    # with more prompts than replies, an earlier file of fused replies that says nothing else
+    if row.get("selected") in prompts and len(prompts) <= len(row["preds"]):
         return row["preds"][prompts.index(row["selected"])]
     return row["preds"][0]
 

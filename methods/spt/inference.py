@@ -50,16 +50,17 @@ def load_rows(args, run: dict) -> list[dict]:
 
 
 def prepare_rows(engine, rows: list[dict], args) -> list[dict]:
-    """The rows with the retriever's scores, its choice, and the soft prompt of every branch."""
+    """The rows with the retriever's scores, its choice, and the soft prompt of every reply."""
     soft = engine.model.get_input_embeddings()
     return [row | choose(soft, row, index, engine.tokenizer, args)
             for index, row in enumerate(rows)]
 
 
 def choose(soft, row: dict, index: int, tokenizer, args) -> dict:
-    """scores, selected (the best prompt, from 1) and soft_prompts (one per branch) of a row.
+    """scores, selected (the best prompt, from 1) and soft_prompts of a row.
 
-    Random choices depend on (seed, row) alone.
+    soft_prompts has the prompt of every reply, in the order in which they are drawn; none for fused
+    replies, which belong to all prompts alike. Random choices depend on (seed, row) alone.
     """
     with torch.no_grad():
         scores = soft.scores([retrieval_ids(row, tokenizer, args)])[0].cpu()
@@ -68,13 +69,16 @@ def choose(soft, row: dict, index: int, tokenizer, args) -> dict:
     noisy = scores + args.selection_noise * torch.randn(scores.shape, generator=generator)
     # prompts count from 1, so a prompt_id that is given is never 0
     best = args.prompt_id or int(noisy.argmax()) + 1
-    prompts = [best] * args.num_branches
-    if args.soft_prompt in ("all", "fused"):
-        prompts = list(range(1, len(scores) + 1))
+    prompts = [best] * args.num_drawn
+    if args.soft_prompt == "fused":
+        prompts = []
+    elif args.soft_prompt == "all":
+        # every turn of drawing gives one reply under each prompt
+        prompts = list(range(1, len(scores) + 1)) * (args.num_drawn // len(scores))
     elif args.soft_prompt == "sampled":
         # this is h of the losses, with the temperature tau_sim of the training
         probability = soft.choice(noisy[None])[0].exp()
-        drawn = torch.multinomial(probability, args.num_branches, replacement=True,
+        drawn = torch.multinomial(probability, args.num_drawn, replacement=True,
                                   generator=generator)
         prompts = [k + 1 for k in drawn.tolist()]
     return {"scores": [round(float(score), 6) for score in scores], "selected": best,
@@ -82,7 +86,7 @@ def choose(soft, row: dict, index: int, tokenizer, args) -> dict:
 
 
 def decode_tree(row: dict, tokenizer, args) -> Tree | None:
-    """A row's message under the soft prompts that row["soft_prompts"] names, in this order.
+    """A row's message under the first num_branches of row["soft_prompts"], fused under all prompts.
 
     Equal ones share soft prompt and message. Different ones stand before the message, so they share
     nothing: they are trees of their own under one root without tokens.
@@ -91,12 +95,14 @@ def decode_tree(row: dict, tokenizer, args) -> Tree | None:
     ids, dropped = prompt_ids(row, tokenizer, args, room)
     if ids is None:
         return None
+    numbers = list(range(1, len(row["scores"]) + 1)) if args.soft_prompt == "fused" else \
+        row["soft_prompts"][: args.num_branches]
     # rows count prompts from 1, virtual ids from 0
-    runs = [virtual_ids(number - 1, args.prompt_length) + ids for number in row["soft_prompts"]]
+    runs = [virtual_ids(number - 1, args.prompt_length) + ids for number in numbers]
     if args.soft_prompt == "chosen":
         return Tree(branch_prompts(runs, list(range(1, args.num_branches + 1))), dropped)
     root = Segment([], children=[Segment(run, branch=number) for number, run in
-                                 zip(row["soft_prompts"], runs, strict=True)])
+                                 zip(numbers, runs, strict=True)])
     if args.soft_prompt != "fused":
         return Tree(root, dropped)
     weights = mixture_weights(row["scores"], args.fusion, args.tau_sim)
@@ -123,7 +129,7 @@ def talk(engine, args) -> None:
     def answer(row: dict, turn: int) -> tuple[dict, str, bool]:
         """The row with its soft prompt, a reply, and whether the oldest turns were dropped."""
         # a seed of its own for every turn: the same words may be answered differently
-        seeded = args.with_values(seed=args.seed + turn)
+        seeded = args.with_values(seed=args.seed + turn, test_file="the chat")  # for errors
         # the scores are new at every turn, since another prompt may suit the dialogue now
         rows = prepare_rows(engine, [row], seeded)
         job = drawing.prepare(engine, rows, seeded, decode_tree, messages)
