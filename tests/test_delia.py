@@ -9,7 +9,6 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, refused, write_jsonl
 from delia_cases import JSON, QUERIES, TASK, files, runs, talk  # noqa: F401
 from hypothesis import given, settings
@@ -140,34 +139,6 @@ def test_transfer_compares_the_same_questions_and_a_difference_the_same_rows():
     assert evaluation.transfer(unseen, seen[2:]) is None, "no pair asks for the format"
 
 
-def test_the_nll_of_a_token_is_that_of_a_padded_pass(tiny_model, tokenizer):
-    """Against log_softmax of an ordinary forward pass, at the chosen places; several are packed."""
-    sequences = [([5, 6, 7, 8], [False, False, True, True]), ([9, 5, 7], [False, True, False]),
-                 ([6] * 30, [False] * 29 + [True])]
-    got = probabilities.sequence_logps(tiny_model, sequences)
-    for (ids, chosen), logps in zip(sequences, got, strict=True):
-        want = tiny_model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        want = [want[i - 1, ids[i]].item() for i in range(1, len(ids)) if chosen[i]]
-        np.testing.assert_allclose(logps, want, atol=1e-5)
-
-
-def test_the_neighbours_of_an_embedding(tiny_model, tokenizer):
-    """A row that is twice the mean of a description's rows has cosine 1 with it.
-
-    No token is more like the description.
-    """
-    words = "the board says"
-    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        table = tiny_model.get_input_embeddings().weight
-        table[0] = 2 * table[ids].mean(0)
-    token = tokenizer.convert_ids_to_tokens(0)
-    found = probabilities.embedding_figures(tiny_model, tokenizer, token, words)
-    assert found["description"] == pytest.approx(1, abs=1e-5)
-    assert found["less_like_description"] == pytest.approx(1 - 1 / len(tokenizer))
-    assert len(found["nearest"]) == 10 and found["nearest"][0][1] <= 1
-
-
 # ---- what is missing, and why -------------------------------------------------------------------
 
 
@@ -186,10 +157,18 @@ def test_figures_without_the_model_or_a_cache_are_none_with_a_reason(tmp_path):
     assert probabilities.held_out_rows(sources) == ([], "no run names a --diverse_file")
 
 
+def without(rows: list[dict], place: int, name: str) -> list[dict]:
+    """The rows, one of which lacks a field."""
+    del rows[place][name]
+    return rows
+
+
 @pytest.mark.parametrize(("rows", "why"), [
     ([row | {"preds": [JSON, JSON]} for row in reply_rows(*[JSON] * 4)], "2 replies a row"),
     (reply_rows(*[JSON] * 4)[:2], "rows that do not"),
     ([{"prompt": "a", "preds": ["b"]}], "do not say whether they ask for the format"),
+    (without(reply_rows(*[JSON] * 4), 2, "label"), "row 3 of a needs a label (error or correct)"),
+    (without(reply_rows(*[JSON] * 4), 1, "negated"), "row 2 of a needs a label"),
 ])
 def test_rows_that_the_figures_cannot_read_have_none(tmp_path, rows, why):
     result = evaluation.measure({"a": rows}, Sources({"a": tmp_path / "a.jsonl"}), None)

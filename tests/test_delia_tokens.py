@@ -98,6 +98,35 @@ def test_a_new_row_is_initialised_as_asked_and_no_other_row_changes(tmp_path, to
             torch.testing.assert_close(layer.weight[-1].detach(), expected)
 
 
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("more", "names"), [
+    ({"token_train": "lora", "lora_target_modules": ["all-linear"]}, LINEAR | {"embed_tokens"}),
+    ({"token_train": "lora", "lora_target_modules": ["embed_tokens", "all-linear"]},
+     LINEAR | {"embed_tokens"}),
+    ({"lora_target_modules": ["q_proj", "all-linear"]}, LINEAR),
+    ({"new_tokens": [], "lora_target_modules": ["all-linear", "lm_head"]}, LINEAR | {"lm_head"}),
+])
+def test_all_linear_beside_other_modules_is_every_linear_layer(tokenizer, more, names):
+    """PEFT would look for a module of this name, and train the other ones alone."""
+    own, model = copy.deepcopy(tokenizer), make_model(len(tokenizer))
+    args = settings(**{"new_tokens": ["<sep>"], "lora_r": 4, **more})
+    training.prepare_tokenizer(own, args)
+    model = training.prepare_model(model, own, [], args)
+    trained = {part for name, p in model.named_parameters() if p.requires_grad and "lora_" in name
+               for part in name.split(".")}
+    assert names <= trained and not ({*LINEAR, "embed_tokens", "lm_head"} - names) & trained
+    described = training.describe(model, own, [], args)["lora_target_modules"]
+    assert described == sorted(names), "run.json has the names, as the adapter does"
+
+
+def test_all_linear_alone_stays_the_word_that_peft_knows(tiny_model, tokenizer):
+    args = settings(new_tokens=[], lora_target_modules=["all-linear"], lora_r=4)
+    model = training.prepare_model(tiny_model, tokenizer, [], args)
+    assert training.describe(model, tokenizer, [], args)["lora_target_modules"] == ["all-linear"]
+
+
 def test_only_the_row_and_the_adapter_are_trainable(tiny_model, tokenizer):
     """Rank 4 on q, k, v, o of 2 layers (32 wide, 2 of 4 heads in k and v): 1,792; and a row of 32.
 

@@ -99,6 +99,16 @@ def test_a_cache_of_another_model_is_refused_unless_allowed(
     assert "4 task rows + 4 diverse rows" in capsys.readouterr().out
 
 
+def test_an_unknown_author_is_not_taken_for_an_unknown_model(tmp_path, monkeypatch, capsys):
+    """A cache through a server and a base without safetensors: None equals None, and says nothing.
+    """
+    (tmp_path / "cache.json").write_text('{"weights": null}')
+    monkeypatch.setattr(mixing, "model_dir", lambda name: name)
+    monkeypatch.setattr(mixing, "base_fingerprint", lambda folder: None)
+    said = refused(capsys, 2, mixing.check_author, str(tmp_path / "cache.jsonl"), "pickles")
+    assert "by a model without fingerprint, pickles is a model without fingerprint" in said
+
+
 @pytest.mark.parametrize("name", ["smollm2", "llama2"])
 def test_the_configs_resolve(name):
     config = ROOT / "configs" / "delia" / f"{name}.yaml"

@@ -20,7 +20,7 @@ the training set; such rows count in `transfer` alone).
 |                   |           | of seen ones, same questions                                     |
 | difference        | all       | this system minus the first one, same rows                       |
 | token_nll         | mentions  | -log p(new token | all before) in nats; token_nll_before: before |
-|                   |           | training                                                         |
+|                   |           | training; token_unscored: prompts that open with the only one    |
 | reply_nll         | asking    | nats per token of the reference reply                            |
 | retention         | held-out  | nats per token of the untrained model's own answers that no run  |
 |                   |           | trains on; change against the untrained model                    |
@@ -112,6 +112,10 @@ def _why_not(systems: dict[str, list[dict]]) -> str | None:
     for name, rows in systems.items():
         if any("asks_format" not in row for row in rows):
             return f"the rows of {name} do not say whether they ask for the format"
+        for number, row in enumerate(rows, 1):
+            if row.get("label") not in LABELS or "negated" not in row:
+                return (f"row {number} of {name} needs a label ({' or '.join(LABELS)}), and "
+                        "negated, whether it forbids the format")
         # read_systems pads all rows of a file to one length, so the first row is enough
         if len(rows[0]["preds"]) != 1:
             return (f"{name} has {len(rows[0]['preds'])} replies a row, these figures read one "
@@ -312,6 +316,10 @@ def _notes(systems: dict[str, dict]) -> list[str]:
                 f"{name}: {token} has cosine {near['description']:.3f} with the written-out format "
                 f"(more than {100 * near['less_like_description']:.1f} % of all tokens), length "
                 f"{near['norm_ratio']:.2f} of the mean; nearest: {words}")
+        # summaries of earlier versions lack the count
+        if unscored := system.get("token_unscored"):
+            notes.append(f"{name}: {unscored} prompts open with their only new token, which "
+                         "nothing predicts; they are not in token nll")
         of_model = {figure: why for figure, why in system["reasons"].items()
                     if figure in probabilities.FIGURES}
         notes += missing.notes(name, of_model)

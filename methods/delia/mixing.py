@@ -30,9 +30,11 @@ def check_author(path: str, model_name: str) -> None:
         fail(USAGE, f"{manifest} is not a manifest of infer.py --self_sample", hint)
     # another model's samples would pull towards that model instead of holding this one in place
     weights = base_fingerprint(model_dir(model_name))
-    if author != weights:
+    # two unknown models are not the same one
+    if author is None or author != weights:
         by = f"by model {author}" if author else "through a server, by a model without fingerprint"
-        fail(USAGE, f"{path} was written {by}, {model_name} is {weights}", hint)
+        itself = weights or "a model without fingerprint (no *.safetensors)"
+        fail(USAGE, f"{path} was written {by}, {model_name} is {itself}", hint)
 
 
 def is_held_out(row: dict) -> bool:

@@ -10,15 +10,17 @@ import torch
 
 import trees
 from methods.delia import messages, mixing
-from modeling.adapters import add_tokens, grow_embeddings
-from modeling.checkpoints import load_checkpoint
+from modeling.adapters import grow_embeddings
+from modeling.models import load_model, load_tokenizer, model_dir
 from modeling.prompts import end_of_turn
 from scoring import statistics
 from scoring.sources import NoModel
 from trees import LIKELIHOOD, Segment, Tree
 from utils import info
 
-FIGURES = ("ratio", "reply_nll", "token_nll", "token_nll_before", "neighbours", "retention")
+# token_unscored: prompts that only open with a new token, which nothing predicts
+FIGURES = ("ratio", "reply_nll", "token_nll", "token_nll_before", "token_unscored", "neighbours",
+           "retention")
 NUM_NEAREST = 10  # neighbours of an embedding
 Sequence = tuple[list[int], list[bool]]  # token ids, and which of them are scored
 
@@ -29,18 +31,22 @@ Sequence = tuple[list[int], list[bool]]  # token ids, and which of them are scor
 def sequence_logps(model, sequences: list[Sequence]) -> list[np.ndarray]:
     """log p of the chosen tokens of each sequence in nats, given all tokens before them.
 
-    The first token has none before it and is never scored.
+    The first token has none before it and is never scored: where it alone is chosen, the array is
+    empty.
     """
     # a tree needs a context, and nothing predicts the first token, so that token is the context
     forest = [Tree(Segment(ids[:1], children=[
         Segment(ids[1:], LIKELIHOOD, [float(is_chosen) for is_chosen in chosen[1:]])]))
-        for ids, chosen in sequences]
-    return [scored.logps.double().numpy() for scored in trees.score_forest(model, forest)]
+        for ids, chosen in sequences if any(chosen[1:])]
+    scored = iter(trees.score_forest(model, forest) if forest else ())
+    return [next(scored).logps.double().numpy() if any(chosen[1:]) else np.empty(0)
+            for _, chosen in sequences]
 
 
-def mean_nlls(model, sequences: list[Sequence]) -> list[float]:
-    """Mean -log p of the chosen tokens of every sequence, in nats."""
-    return [float(-logps.mean()) for logps in sequence_logps(model, sequences)]
+def mean_nlls(model, sequences: list[Sequence]) -> list[float | None]:
+    """Mean -log p of the chosen tokens of every sequence, in nats; None where none is scored."""
+    return [float(-logps.mean()) if len(logps) else None
+            for logps in sequence_logps(model, sequences)]
 
 
 def token_sequences(rows: list[dict], tokenizer, new_tokens: list[str]) -> list[Sequence]:
@@ -70,33 +76,38 @@ class BeforeTraining:
     """What base models give without training, each measured once for all systems.
 
     rows: those whose prompts mention new tokens. held_out: diverse rows that no run trains on.
+    Prompts are written with the chat template of the run that is compared: the base may have
+    another one, or none, and would then be measured on other prompts.
     """
 
     def __init__(self, rows: list[dict], held_out: list[dict]):
         self.rows, self.held_out = rows, held_out
-        self.of_held_out: dict[str, list[float]] = {}
-        self.of_tokens: dict[str, list[float]] = {}
+        self.of_held_out: dict[tuple[str, str], list[float | None]] = {}
+        self.of_tokens: dict[str, list[float | None]] = {}
 
-    def held_out_nlls(self, base: str) -> list[float]:
+    def held_out_nlls(self, base: str, template: str) -> list[float | None]:
         """nats per token of the base model's answers to the held-out queries."""
-        if base not in self.of_held_out:
-            model, tokenizer, _ = load_checkpoint(base)
-            sequences = reply_sequences(self.held_out, tokenizer)
-            self.of_held_out[base] = mean_nlls(model, sequences)
-        return self.of_held_out[base]
+        if (base, template) not in self.of_held_out:
+            folder = model_dir(base)
+            # of the run's tokenizer only the template, as the base cannot embed its new tokens
+            tokenizer = load_tokenizer(folder, "none")
+            tokenizer.chat_template = template
+            self.of_held_out[base, template] = mean_nlls(
+                load_model(folder).eval(), reply_sequences(self.held_out, tokenizer))
+        return self.of_held_out[base, template]
 
-    def token_nlls(self, base: str, settings: dict) -> list[float]:
+    def token_nlls(self, base: str, tokenizer, settings: dict) -> list[float | None]:
         """-log p of the new tokens in the prompts, with their rows as training starts from them.
 
-        settings: the args of the run; runs that start alike are measured once.
+        tokenizer, settings: the run's, with its new tokens, and its args; runs that start alike are
+        measured once.
         """
         start = {name: settings.get(name)
                  for name in ("new_tokens", "token_init", "token_description", "seed")}
-        key = f"{base}: {json.dumps(start)}"
+        key = json.dumps([base, tokenizer.chat_template, start])
         if key not in self.of_tokens:
             # loaded anew: with more rows in its embeddings, its other figures would change
-            model, tokenizer, _ = load_checkpoint(base)
-            add_tokens(tokenizer, settings["new_tokens"])
+            model = load_model(model_dir(base)).eval()
             grow_embeddings(model, tokenizer, settings)
             sequences = token_sequences(self.rows, tokenizer, settings["new_tokens"])
             self.of_tokens[key] = mean_nlls(model, sequences)
@@ -143,8 +154,9 @@ def model_figures(rows: list[dict], sources, name: str, before: BeforeTraining,
     figures["reply_nll"] = statistics.interval(
         mean_nlls(model, reply_sequences(asking, tokenizer)))
     if new_tokens := settings.get("new_tokens"):
-        figures["token_nll"] = statistics.interval(
-            mean_nlls(model, token_sequences(rows, tokenizer, new_tokens)))
+        token_nlls = mean_nlls(model, token_sequences(rows, tokenizer, new_tokens))
+        figures["token_nll"] = statistics.interval(token_nlls)
+        figures["token_unscored"] = token_nlls.count(None)
         # a single description, such as the default, stands for all tokens
         descriptions = settings["token_description"]
         figures["neighbours"] = {
@@ -154,17 +166,23 @@ def model_figures(rows: list[dict], sources, name: str, before: BeforeTraining,
     nlls = mean_nlls(model, reply_sequences(before.held_out, tokenizer))
     del model  # before the base model is loaded: memory need not hold both
     if run["method"] == "base":
-        before.of_held_out[base] = nlls  # it is its own reference
+        # it is its own reference
+        before.of_held_out[base, tokenizer.chat_template] = nlls
     if new_tokens:
-        figures["token_nll_before"] = statistics.interval(before.token_nlls(base, settings))
+        figures["token_nll_before"] = statistics.interval(
+            before.token_nlls(base, tokenizer, settings))
     if nlls:
         figures["retention"] = {
             "rows": len(nlls), "nll": statistics.interval(nlls),
-            "change": statistics.paired_difference(nlls, before.held_out_nlls(base))}
+            "change": statistics.paired_difference(
+                nlls, before.held_out_nlls(base, tokenizer.chat_template))}
+    no_token = "the model has no new token"
+    if new_tokens:
+        no_token = "the new tokens open their prompts, and nothing predicts a first token" \
+            if figures["token_unscored"] else "no prompt mentions a new token"
     reasons = {"ratio": "the model was not trained with --diverse_ratio",
                "retention": no_held_out} | dict.fromkeys(
-        ("token_nll", "token_nll_before", "neighbours"),
-        "no prompt mentions a new token" if new_tokens else "the model has no new token")
+        ("token_nll", "token_nll_before", "token_unscored", "neighbours"), no_token)
     return figures, {name: reasons[name] for name, value in figures.items() if value is None}
 
 

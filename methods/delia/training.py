@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 import trees
 from methods import defaults
 from methods.delia import mixing
@@ -15,6 +18,7 @@ from trees import LIKELIHOOD, Segment, Tree
 from utils import USAGE, fail
 
 TASK, DIVERSE = 0, 1  # the `branch` of a reply's tokens
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output embedding
 
 
 def load_rows(args) -> list[dict]:
@@ -56,11 +60,15 @@ def prepare_tokenizer(tokenizer, args) -> None:
 
 def prepare_model(model, tokenizer, rows: list[dict], args):
     """LoRA, and the new tokens' rows as trained parameters (or LoRA on the embedding, too)."""
-    if not args.new_tokens:
+    if args.new_tokens:
+        # before LoRA, which copies the rows it trains
+        grow_embeddings(model, tokenizer, vars(args))
+    targets = _lora_targets(model, args)
+    if _is_mixed(targets):
+        targets = [*_linear_names(model), *(name for name in targets if name != ALL_LINEAR)]
+    args = args.with_values(lora_target_modules=targets)
+    if not args.new_tokens or args.token_train == "lora":
         return add_lora(model, args)
-    grow_embeddings(model, tokenizer, vars(args))  # before LoRA, which copies the rows it trains
-    if args.token_train == "lora":
-        return add_lora(model, args.with_values(lora_target_modules=_lora_targets(model, args)))
     ids = tokenizer.convert_tokens_to_ids(args.new_tokens)
     return add_lora(model, args,
                     trainable_token_indices=dict.fromkeys(_embedding_names(model), ids))
@@ -69,8 +77,10 @@ def prepare_model(model, tokenizer, rows: list[dict], args):
 def describe(model, tokenizer, rows: list[dict], args) -> dict:
     """The settings of LoRA, and the realised mixture."""
     lora = resolve_lora(args, model)
-    if args.new_tokens and args.token_train == "lora":
-        lora["lora_target_modules"] = _lora_targets(model, args)
+    targets = _lora_targets(model, args)
+    if _is_mixed(targets):  # the wrapped model says what all-linear stands for
+        targets = sorted(model.peft_config["default"].target_modules)
+    lora["lora_target_modules"] = targets
     num_task = sum(row["source"] == "task" for row in rows)
     return lora | {"num_task_rows": num_task, "num_diverse_rows": len(rows) - num_task}
 
@@ -131,6 +141,24 @@ def _embedding_names(model) -> list[str]:
 
 
 def _lora_targets(model, args) -> list[str]:
-    """The modules of --token_train lora: those of the flag and, last, the input embedding."""
+    """The modules with LoRA: those of the flag and, last for --token_train lora, the embedding."""
+    names = resolve_lora(args, model)["lora_target_modules"]
+    if not args.new_tokens or args.token_train != "lora":
+        return names
     embedding = _embedding_names(model)[0]
-    return [*(name for name in args.lora_target_modules if name != embedding), embedding]
+    return [*(name for name in names if name != embedding), embedding]
+
+
+def _is_mixed(targets: list[str]) -> bool:
+    """Whether all-linear stands among other names, where PEFT takes it for a module's name.
+
+    PEFT finds no such module, and says nothing, since the other names match.
+    """
+    return ALL_LINEAR in targets and len(targets) > 1
+
+
+def _linear_names(model) -> list[str]:
+    """What all-linear stands for in a model without adapters, by the last part of the names."""
+    output = model.get_output_embeddings()
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules()
+                   if isinstance(module, (nn.Linear, Conv1D)) and module is not output})
