@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conftest import refused
+from diffuse_cases import write_prompt
 
 import infer
+import train
+from methods.diffuse import inference
 
 pytest_plugins = ["diffuse_cases"]  # its fixtures
 
@@ -28,3 +32,18 @@ def test_sampling_without_a_mode_or_a_checkpoint_is_refused(diffuse_config, caps
     assert "--mode" in message and "untuned" in message
     message = refused(capsys, 2, infer.main, [*argv, "--mode", "lora", "--exp_name", "none"])
     assert "holds no whole checkpoint" in message
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_the_next_command_samples_all_prompts_of_the_run(with_config, tmp_path, diffuse_config):
+    """Flags beside a config replace what stands in it, also in the command that follows."""
+    for name in ("a", "b"):
+        write_prompt(tmp_path / name / "x.json")
+    argv = ["--method", "diffuse", "--train_prompts", f"{tmp_path}/a", "--test_prompts",
+            f"{tmp_path}/b", *(["--config", str(diffuse_config)] if with_config else [])]
+    trained_with = train.read_flags(argv)
+    command = inference.next_command(trained_with, tmp_path)
+    command[command.index("lora")] = "untuned"  # nothing was trained
+    args = infer.read_flags(command)
+    rows = inference.load_rows(args.with_values(named_prompts=True), {})
+    assert [(row["task"], row["split"]) for row in rows] == [("a", "train"), ("b", "test")]

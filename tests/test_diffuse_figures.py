@@ -85,6 +85,18 @@ def test_answers_are_read_from_the_first_braces_and_bare_targets_from_the_reply(
     assert evaluation.find_answer("{Ana}\n{F}\n{poet}", ["{Bo}\n{M}"]) == "{Ana}\n{F}"
 
 
+def test_of_targets_that_start_each_other_the_longest_is_the_answer():
+    """"10 is it" also starts with 1; where 10 has weight 0, it is no valid 1, but a new answer."""
+    for targets in (["1", "10"], ["10", "1"]):
+        assert evaluation.find_answer("10 is it", targets, eos=False) == "10"
+        assert evaluation.find_answer("1 is it", targets, eos=False) == "1"
+    row = {"targets": ["1", "10"], "weights": [1.0, 0.0], "eos": False,
+           "preds": ["10 is it", "1 is it", "1", "2"]}
+    figures = evaluation.sample_figures(row, None)
+    assert figures["counts"] == {"1": 2, "10": 1, "2": 1}
+    assert figures["valid"]["mean"] == 0.5 and figures["new"]["mean"] == 0.5
+
+
 def test_sample_figures_by_hand():
     """{2} was not trained on; expected counts of the 6 valid answers: 3, 1.5 and 1.5."""
     figures = evaluation.sample_figures(ROW, {"{1}", "{3}"})
@@ -143,6 +155,38 @@ def test_what_cannot_be_measured_is_none_with_a_reason(tmp_path):
     prompts, tasks = evaluation.tables(result.summary)
     assert [row[0] for row in prompts.rows] == ["numbers/a", "numbers/b"]
     assert "a: no kl, tv, outside: " in tasks.notes[0]
+
+
+def test_what_was_seen_is_unknown_in_a_file_without_training_requests(tmp_path):
+    """--split test: None with a reason. With a request that trained on {1}: {2}, 2 of 10."""
+    def prompts_of(*rows: dict) -> list[dict]:
+        sources = Sources({"a": tmp_path / "a.jsonl"})
+        result = evaluation.measure({"a": list(rows)}, sources, None)
+        return list(result.summary["systems"]["a"]["prompts"].values())
+
+    test = ROW | {"split": "test"}
+    alone, = prompts_of(test)
+    assert alone["unseen_valid"] is None and alone["valid"]["mean"] == 0.6
+    assert "holds no training request" in alone["reasons"]["unseen_valid"]
+    train = ROW | {"split": "train", "file": "data/numbers/b.json", "targets": ["{1}"],
+                   "weights": [1.0]}
+    _, beside = prompts_of(train, test)
+    assert beside["unseen_valid"]["mean"] == 0.2
+
+
+def test_requests_of_one_folder_and_file_name_keep_apart(tmp_path):
+    """x/numbers/a.json and y/numbers/a.json; a_b/c.json and a/b_c.json would share a plot's name.
+    """
+    names = [("x/numbers/a.json", "numbers"), ("y/numbers/a.json", "numbers"),
+             ("a_b/c.json", "a_b"), ("a/b_c.json", "a"), ("x/numbers/b.json", "numbers")]
+    rows = [ROW | {"file": file, "task": task} for file, task in names]
+    result = evaluation.measure({"a": rows}, Sources({"a": tmp_path / "a.jsonl"}), None)
+    assert list(result.summary["systems"]["a"]["prompts"]) == [
+        "numbers/a (row 1)", "numbers/a (row 2)", "a_b/c (row 3)", "a/b_c (row 4)", "numbers/b"]
+    assert list(result.files) == [
+        "_plots/numbers_a (row 1).png", "_plots/numbers_a (row 2).png",
+        "_plots/a_b_c (row 3).png", "_plots/a_b_c (row 4).png", "_plots/numbers_b.png"]
+    assert len(evaluation.tables(result.summary)[0].rows) == 5
 
 
 def test_rows_without_targets_have_no_figures_of_the_method(tmp_path):

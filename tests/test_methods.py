@@ -290,6 +290,7 @@ def test_the_next_command_of_training_is_one_that_infer_takes(method, checkpoint
         output_dir=str(checkpoints[method].parents[1]),
         config=None,
         train_file=["x"],
+        test_prompts=[],
         model_name="smollm2",
         leave_out=None,
         leave_in=None,

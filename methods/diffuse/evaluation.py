@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +56,11 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
     first_rows = next(iter(systems.values()))
     if "targets" not in first_rows[0]:
         return missing.not_the_methods("the rows have no targets")
+    labels = _labels(first_rows)
     summary, lines = {"systems": {}}, []
     for name, rows in systems.items():
         exact, no_model = _exact_figures(rows, sources, name)
-        # Training requests are in files of infer.py --split all (default) or train. Without them,
-        # as with --split test, no target counts as seen, and unseen_valid equals valid.
-        seen = {t for row in rows if row.get("split") == "train" for t in row["targets"]}
+        seen = _seen_targets(rows)
         figures = [sample_figures(row, seen) | of_model
                    for row, of_model in zip(rows, exact, strict=True)]
         reasons = [{column: _why_missing(column, row, no_model) for column in COLUMNS
@@ -69,29 +69,48 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
         shown = [{key: value for key, value in of_row.items() if key not in ("counts", "logps")}
                  | {"reasons": why} for of_row, why in zip(figures, reasons, strict=True)]
         summary["systems"][name] = {
-            "mode": rows[0].get("mode"), "prompts": dict(zip(_labels(rows), shown, strict=True)),
+            "mode": rows[0].get("mode"), "prompts": dict(zip(labels, shown, strict=True)),
             "tasks": _by_task(rows, figures),
             "reasons": dict.fromkeys(EXACT, no_model) if no_model else {}}
         lines += [{"system": name, "file": row.get("file"), "prompt": row["prompt"],
                    "targets": row["targets"], "weights": row["weights"], **of_row}
                   for row, of_row in zip(rows, figures, strict=True)]
-    return Evaluated(summary, lines, _plots(first_rows, lines))
+    return Evaluated(summary, lines, _plots(labels, lines))
 
 
-def _plots(rows: list[dict], lines: list[dict]) -> dict[str, bytes]:
+def _plots(labels: list[str], lines: list[dict]) -> dict[str, bytes]:
     """A plot of every request with targets, by file name; lines: those of all systems."""
-    plots = {}
-    for i, (label, row) in enumerate(zip(_labels(rows), rows, strict=True)):
-        if row["targets"]:  # every system has the same rows
-            # lines stand system by system, so a step of len(rows) stays with one request
-            plots[f"_plots/{label.replace('/', '_')}.png"] = plot(lines[i :: len(rows)])
-    return plots
+    # every system has the same rows, and lines stand system by system, so a step of one system's
+    # number of rows stays with one request
+    step = len(labels)
+    return {_plot_name(label): plot(lines[i::step]) for i, label in enumerate(labels)
+            if lines[i]["targets"]}
+
+
+def _plot_name(label: str) -> str:
+    return f"_plots/{label.replace('/', '_')}.png"
 
 
 def _labels(rows: list[dict]) -> list[str]:
-    """A short name of every row: task and file name, or its number."""
-    return [f"{row['task']}/{Path(row['file']).stem}" if "file" in row else f"row {i}"
-            for i, row in enumerate(rows, 1)]
+    """A short name of every row: task and file name, or its number.
+
+    Names that would be alike, as such or as those of plots, also have the number of the row.
+    """
+    labels = [f"{row['task']}/{Path(row['file']).stem}" if "file" in row else f"row {i}"
+              for i, row in enumerate(rows, 1)]
+    # two folders may have one name, and two files differ in what follows the dot
+    times = Counter(map(_plot_name, labels))
+    return [label if times[_plot_name(label)] == 1 else f"{label} (row {i})"
+            for i, label in enumerate(labels, 1)]
+
+
+def _seen_targets(rows: list[dict]) -> set[str] | None:
+    """The targets of the training requests; None where the file holds no such request.
+
+    Files of infer.py --split all (default) or train hold them.
+    """
+    training = [row for row in rows if row.get("split") == "train"]
+    return {target for row in training for target in row["targets"]} if training else None
 
 
 # ---- figures of the model -----------------------------------------------------------------------
@@ -129,12 +148,13 @@ def _exact_figures(rows: list[dict], sources, name: str) -> tuple[list[dict], st
 # ---- figures of the samples ---------------------------------------------------------------------
 
 
-def find_answer(reply: str, targets: list[str], eos: bool = True) -> str | None:
+def find_answer(reply: str, targets: list[str], eos: bool = True,
+                unwanted: Sequence[str] = ()) -> str | None:
     """The answer in a reply, or None.
 
     Targets in braces, one group or several line by line: the reply's first groups, as many (all
-    where there are no targets). Other targets: the whole reply, or with eos false the target that
-    it starts with, if any.
+    where there are no targets). Other targets: the whole reply, or with eos false the longest
+    target or unwanted text that it starts with, if any.
     """
     reply = reply.strip()
     # this holds without targets, too: requests of open lists also ask for braces
@@ -145,16 +165,22 @@ def find_answer(reply: str, targets: list[str], eos: bool = True) -> str | None:
         return "\n".join(groups[:count]) if groups and len(groups) >= count else None
     if not eos:
         # where no end was learnt, the model goes on writing after its answer
-        return next((target for target in targets if reply.startswith(target)), reply or None)
+        starts = [text for text in (*targets, *unwanted) if reply.startswith(text)]
+        # the longest one: "10 is it" starts with "10" and with "1"
+        return max(starts, key=len, default=reply or None)
     return reply or None
 
 
-def sample_figures(row: dict, seen: set[str]) -> dict:
-    """The figures of a row's replies; seen: the targets of the requests that were trained on."""
+def sample_figures(row: dict, seen: set[str] | None) -> dict:
+    """The figures of a row's replies; seen: the targets of the requests that were trained on.
+
+    None for seen: they are unknown.
+    """
     pairs = zip(row["targets"], row["weights"], strict=True)
     # a target of weight 0 should never be said, so it counts as no target
     wanted = {target: weight for target, weight in pairs if weight > 0}
-    read = [find_answer(reply, list(wanted), row["eos"]) for reply in row["preds"]]
+    unwanted = [target for target in row["targets"] if target not in wanted]
+    read = [find_answer(reply, list(wanted), row["eos"], unwanted) for reply in row["preds"]]
     answers = Counter(answer for answer in read if answer is not None)
     total, counts = len(row["preds"]), list(answers.values())
     figures = {"replies": total, "parsed": statistics.share_interval(sum(counts), total),
@@ -172,14 +198,16 @@ def _field_figures(values: tuple[str, ...]) -> dict:
     return {"coverage": len(counts), "entropy": statistics.miller_madow(counts)}
 
 
-def _target_figures(answers: Counter, wanted: dict[str, float], seen: set[str],
+def _target_figures(answers: Counter, wanted: dict[str, float], seen: set[str] | None,
                     total: int) -> dict:
     """The figures that compare answers with targets, all None where there are no targets."""
     if not wanted:
         return dict.fromkeys(("valid", "covered", "new", "new_distinct", "unseen_valid",
                               "chi_square", "p_value"))
     valid = [answers[target] for target in wanted]
-    unseen = sum(answers[target] for target in wanted if target not in seen)
+    # with nothing known of the training, every target would pass for unseen
+    unseen = None if seen is None else statistics.share_interval(
+        sum(answers[target] for target in wanted if target not in seen), total)
     # of the valid answers alone: the rest is counted by valid and new
     fit = statistics.chi_square(valid, list(wanted.values()))
     return {
@@ -187,7 +215,7 @@ def _target_figures(answers: Counter, wanted: dict[str, float], seen: set[str],
         "covered": sum(count > 0 for count in valid),
         "new": statistics.share_interval(answers.total() - sum(valid), total),
         "new_distinct": sum(answer not in wanted for answer in answers),
-        "unseen_valid": statistics.share_interval(unseen, total),
+        "unseen_valid": unseen,
         **(fit or {"chi_square": None, "p_value": None})}
 
 
@@ -197,7 +225,11 @@ def _why_missing(column: str, row: dict, no_model: str | None) -> str:
         return no_model
     if column == "entropy":
         return "no reply holds an answer"
-    return "no answer is a target" if row["targets"] else "the request has no targets"
+    if not row["targets"]:
+        return "the request has no targets"
+    if column == "unseen_valid":
+        return "the file holds no training request, so what was seen is unknown (--split all)"
+    return "no answer is a target"
 
 
 def _by_task(rows: list[dict], figures: list[dict]) -> dict:

@@ -66,8 +66,11 @@ talk = defaults.no_talk
 
 def next_command(args, checkpoint: Path) -> list[str]:
     """The flags of infer.py that sample what was trained."""
-    prompts = ["--config", args.config] if args.config else \
-        ["--train_prompts", *args.train_file, "--model", args.model_name]
+    prompts = ["--config", args.config] if args.config else []
+    # beside a config, too: a flag of the training command may have replaced what stands in it
+    prompts += ["--train_prompts", *args.train_file, "--model", args.model_name]
+    if args.test_prompts:
+        prompts += ["--test_prompts", *args.test_prompts]
     for flag, task in (("--leave_out", args.leave_out), ("--leave_in", args.leave_in)):
         if task:
             prompts += [flag, task]
