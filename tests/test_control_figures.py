@@ -151,6 +151,31 @@ def test_rows_without_conditions_have_no_figures_of_the_method(tmp_path):
     assert table.notes == ["no figures: the rows have no conditions"] and not result.lines
 
 
+def test_the_table_says_which_replies_all_are_compared_with(tmp_path, monkeypatch):
+    """Drawn under sentiment=pos alone, nothing is without a condition: pos is the baseline.
+
+    Equal texts have equal nats, so the ratio is 1 either way.
+    """
+    monkeypatch.setattr(evaluation, "base_nats", lambda base, systems: {("a", "hello"): (4.0, 2)})
+    monkeypatch.setattr(evaluation, "load_scorer", lambda scorer, checkpoint: (
+        lambda texts: [0.1] * len(texts), "1.9.1" if "profanity" in scorer else "3.3.2"))
+    run = {"base_model": "tiny", "args": {"schema": SCHEMA, "attributes": []}}
+    (tmp_path / "a.json").write_text(json.dumps({"run": run}))
+    sources = Sources({"a": tmp_path / "a.jsonl"})
+    for conditions, baseline in (([POS], "under sentiment=pos"),
+                                 ([POS, {}], "without a condition")):
+        rows = [{"prompt": "a", "conditions": conditions, "preds": ["hello"] * len(conditions)}]
+        result = evaluation.measure({"a": rows}, sources, None)
+        assert result.summary["baseline"] == baseline
+        misalignment, quality = evaluation.tables(result.summary)
+        assert misalignment.title.endswith(f"the one of the first file, {baseline}")
+        assert quality.title.endswith(f"the first model {baseline}")
+        asked = result.summary["systems"]["a"]["conditions"]["sentiment=pos"]
+        assert asked["perplexity_ratio"]["mean"] == pytest.approx(1)
+    del result.summary["baseline"]  # as in earlier logs
+    assert evaluation.tables(result.summary)[1].title.endswith("without a condition")
+
+
 def test_a_sweep_is_scored_condition_by_condition(
         in_folder, embedder, capsys):  # noqa: F811
     """Nine conditions, once plain and once guided; the model was trained on sentiment alone."""

@@ -9,12 +9,13 @@ scorers and thresholds that labelled the training data, which outs/X.json has.
 |                     | of its attributes ("misaligned")                                           |
 | no_condition        | the share that miss it when nothing is asked                               |
 | difference          | asked - no_condition; negative where the condition works                   |
-| baseline_difference | asked - the share of the first system's replies without a condition        |
+| baseline_difference | asked - the share of the first system's replies without a condition; where |
+|                     | it has none, of those under its first condition (`baseline` names it)      |
 | opposite            | the share that miss it when the other pole of every attribute is asked     |
 | opposite_difference | opposite - no_condition; positive where the condition works                |
 | mean_score, shares  | of each attribute's scorer; of each of its values                          |
 | perplexity          | of replies after their prompts under the untuned base model                |
-| perplexity_ratio    | against the first system's replies without a condition                     |
+| perplexity_ratio    | against the same replies of the first system                               |
 | distinct_1, _2      | distinct n-grams over all n-grams of a condition's replies                 |
 | repetition          | share of a reply's 3-grams that stood in it before                         |
 
@@ -44,6 +45,7 @@ from scoring.evaluated import DASH, Evaluated, Table, with_interval
 from utils import USAGE, fail, warn
 
 NGRAM = 3  # of repetition
+WITHOUT = "without a condition"  # the usual baseline, and that of summaries that do not name it
 EFFECTS = {"no condition": "no_condition", "asked": "asked", "asked - none": "difference",
            "asked - first model": "baseline_difference", "opposite asked": "opposite",
            "opposite - none": "opposite_difference"}
@@ -90,8 +92,11 @@ def measure(systems: dict[str, list[dict]], sources, args) -> Evaluated:
         groups: Replies = {}
         for reply in replies:
             groups.setdefault(tuple(reply.condition.items()), []).append(reply)
-        if reference is None:  # what all systems are compared with; () is no condition
-            reference = groups.get((), next(iter(groups.values())))
+        if reference is None:  # what all systems are compared with
+            # a file of one condition has no replies without one, (), so the tables say which
+            first = () if () in groups else next(iter(groups))
+            reference = groups[first]
+            summary["baseline"] = f"under {write_condition(dict(first))}" if first else WITHOUT
         summary["systems"][name] = {
             "trained": sources.run(name)["args"]["attributes"],
             "guidance_scale": rows[0].get("guidance_scale", 1.0),
@@ -182,8 +187,7 @@ def share_by_row(replies: list[Reply], condition: dict[str, str],
 def effects(replies: Replies, schema: dict, num_rows: int, baseline: list[Reply]) -> list[dict]:
     """For each condition the misalignment without it, with it, and with its opposite.
 
-    Of a joint condition also in each of its attributes (`measured`). baseline: the first system's
-    replies without a condition.
+    Of a joint condition also in each of its attributes (`measured`). baseline: see measure.
     """
     result = []
     for key, asked in replies.items():
@@ -305,13 +309,13 @@ def _misalignment(summary: dict) -> Table:
             for name, system in systems.items():
                 rows += [[write_condition(condition),
                           "joint" if len(measured) > 1 else next(iter(measured)), name,
-                          *(_percent(effect[key], "+" if "difference" in key else "")
+                          *(with_interval(effect[key], 1, "+" if "difference" in key else "", 100)
                             for key in EFFECTS.values())]
                          for effect in system["effects"]
                          if effect["condition"] == condition and effect["measured"] == measured]
     title = (f"misaligned replies, % of those that can be scored; 95 % intervals over "
              f"{summary['rows']} rows, differences paired; first model: the one of the first file, "
-             "without a condition")
+             f"{summary.get('baseline', WITHOUT)}")
     notes = [f"{name}: {labels['scorer']} {labels['version']}, {' '.join(labels['values'])} "
              f"parted at {', '.join(f'{t:.3g}' for t in labels['thresholds'])}"
              for name, labels in summary["schema"].items()]
@@ -329,8 +333,8 @@ def _quality(summary: dict) -> Table:
             for condition in conditions for name, system in systems.items()
             # a file may lack a condition that another one was drawn under
             if condition in system["conditions"]]
-    return Table(f"quality; perplexity under {summary['base']}, against the first model without a "
-                 "condition", columns, rows)
+    return Table(f"quality; perplexity under {summary['base']}, against the first model "
+                 f"{summary.get('baseline', WITHOUT)}", columns, rows)
 
 
 def _quality_cells(figures: dict, schema: dict) -> list[str]:
@@ -340,10 +344,6 @@ def _quality_cells(figures: dict, schema: dict) -> list[str]:
             _number(figures["perplexity"], 1), with_interval(figures["perplexity_ratio"]),
             _number(figures["distinct_1"]), _number(figures["distinct_2"]),
             _number(figures["repetition"]), _number(figures["words"], 1)]
-
-
-def _percent(figure: dict | None, sign: str) -> str:
-    return with_interval(figure, 1, sign, 100)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
