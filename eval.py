@@ -9,7 +9,8 @@ Every method gets the common figures, and beside them its own: eval_logs/X.jsonl
 response), X.METHOD.jsonl, X.json (the summary), X.html (a page of figures and replies), and tables.
 Intervals are 95 % over prompts, differences are paired by prompt. Degenerate controls (random
 words, replies moved to other prompts, one reply repeated) are scored with the systems, so that a
-metric that rewards noise is seen to do so.
+metric that rewards noise is seen to do so. The judge is checked, too: where it accepts replies
+without sense, what hangs on its verdicts is withheld.
 
 `python eval.py --persona` scores interviews (demographic bias test) instead; its flags:
 `python eval.py --persona --help`.
@@ -60,7 +61,8 @@ def build_parser() -> FlagParser:
     group.add_argument("--limit", type=positive_int,
                        help="read the first N rows only (default: all)")
     group.add_argument("--no_controls", action="store_true",
-                       help="leave out the degenerate controls")
+                       help="leave out degenerate systems and references; the judge's own controls "
+                            "cannot be left out, see --trust_judge")
     group.add_argument("--show", metavar="FILE",
                        help="only print the tables of an eval_logs/X.json")
     group.add_argument("--json", action="store_true",
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         show(args.show, args.json)
         return
     # after the flags, so that a bad one answers in half a second
-    from scoring import common, judging, logs
+    from scoring import answers, common, judging, logs, verifiable
     from scoring.report import page
     from scoring.sources import Sources, read_systems
 
@@ -107,11 +109,16 @@ def main(argv: list[str] | None = None) -> None:
         judging.connect(args, save_file)  # a missing key shows before any row is read
     systems = read_systems(args.eval_file, args.limit)
     sources = Sources(dict(zip(systems, args.eval_file, strict=True)))
-    folder = find_folder(sources, args.method)
+    by_program = answers.is_verifiable(next(iter(systems.values()))[0])
+    if by_program and args.judge != "local":
+        info(f"--judge {args.judge} is not asked: a program checks these rows")
+    # A method's figures are about rows of its own; on these, any methods can be compared.
+    folder = ("possibility" if by_program and not args.method
+              else find_folder(sources, args.method))
     # Only the wanted module is imported, since each method has heavy libraries of its own.
     evaluation = import_module(EVALUATIONS[folder])
 
-    result = common.measure(systems, sources, args)
+    result = (verifiable if by_program else common).measure(systems, sources, args)
     part = evaluation.measure(systems, sources, args)
     # Files with different numbers of replies may still have sound figures of their method.
     if result.summary["k"] is None and not part.summary:

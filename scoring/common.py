@@ -8,6 +8,7 @@ equal meaning}. Figures are as in scoring/evaluated.py; undefined is None with a
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,17 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from scoring import equivalence, judging, logs, metrics, statistics
-from scoring.evaluated import CONTROL, Evaluated, figure, rounded
+from scoring import diversity, equivalence, judging, logs, metrics, statistics
+from scoring.evaluated import (
+    COHERENCE,
+    CONTROL,
+    REFERENCES,
+    Evaluated,
+    figure,
+    is_system,
+    rounded,
+)
+from scoring.judge_local import references
 from scoring.sources import Sources
 from utils import text_of
 
@@ -25,41 +35,53 @@ HANDLED = ("peft", "spt", "control")
 # Replies of a row that are looked at. All their pairs are compared, for the classes and for
 # Self-BLEU, and method diffuse draws a thousand a prompt, whose own figures read them all.
 MAX_REPLIES = 100
+# How the names of the figures begin that hang on a judge's verdicts.
+JUDGED = ("yield", "coherent", "incoherence", "rating", "utility")
+NOT_JUDGED = ("references are not judged, and controls are not sent to the judge "
+              "(--judge_controls)")
+NO_SPEED = "infer.py left no speed beside the file"
 
 
 def measure(systems: dict[str, list[dict]], sources: Sources, args) -> Evaluated:
-    """The common figures of all systems and of the degenerate controls, with their intervals.
-
-    They are withheld, with the reason, where the files have different numbers of replies a row:
-    what is counted among k replies grows with k.
-    """
-    # read_systems has padded the rows of a file to one length, so the first row is enough.
-    counts = {name: len(rows[0]["preds"]) for name, rows in systems.items()}
-    if len(set(counts.values())) > 1:
-        return _withheld(systems, counts)
-    shown = {name: [row | {"preds": row["preds"][:MAX_REPLIES]} for row in rows]
-             for name, rows in systems.items()}
-    systems = shown if args.no_controls else add_controls(shown)
+    """The common figures of all systems and of the degenerate controls, with their intervals."""
+    if nothing := withheld(systems):
+        return nothing
+    drawn = len(next(iter(systems.values()))[0]["preds"])
+    systems = looked_at(systems, args)
+    human = {} if args.no_controls else references_as_system(systems)
     embedder, classifier = sources.embedder, equivalence.load_classifier()
     # all at once: batches of texts of one length are the fastest
-    embedder.encode([text for rows in systems.values() for row in rows
+    embedder.encode([text for rows in (systems | human).values() for row in rows
                      for text in (text_of(row), *row["preds"])])
     verdicts, judge = judging.judge(systems, sources, args, Path(args.save_file))
     measured = {name: measure_rows(rows, verdicts, embedder, classifier)
                 for name, rows in systems.items()}
-    summary = summarise(measured, sources, judge, classifier)
-    summary["drawn"] = next(iter(counts.values()))  # k is what was looked at
+    # Without verdicts, also where a system gives a reference word for word.
+    measured |= {name: measure_rows(rows, [{} for _ in rows], embedder, classifier)
+                 for name, rows in human.items()}
+    # Verdicts that are not shown are not in what is shown; X.jsonl and the pickle have them.
+    shown = without_verdicts(measured) if untrusted(judge) else measured
+    summary = summarise(shown, sources, judge, classifier)
+    summary["drawn"] = drawn  # k is what was looked at
     published = args.save_file.endswith(".pkl")
-    return Evaluated(summary, logs.response_lines(measured),
-                     {".pkl": logs.published_pickle(measured)} if published else {},
-                     logs.page_prompts(measured))
+    return Evaluated(summary, logs.response_lines(measured, judge["trusted"]),
+                     {".pkl": logs.published_pickle(measured),
+                      ".pkl.txt": logs.pickle_note(judge)} if published else {},
+                     logs.page_prompts(shown))
 
 
-def _withheld(systems: dict[str, list[dict]], counts: dict[str, int]) -> Evaluated:
-    """A summary without common figures, where files have different numbers of replies a row."""
+def withheld(systems: dict[str, list[dict]]) -> Evaluated | None:
+    """A summary without figures where the files have different numbers of replies a row, else None.
+
+    What is counted among k replies grows with k.
+    """
+    # read_systems has padded the rows of a file to one length, so the first row is enough.
+    counts = {name: len(rows[0]["preds"]) for name, rows in systems.items()}
+    if len(set(counts.values())) == 1:
+        return None
     why = "the files have different numbers of replies a row: " + ", ".join(
         f"{name} {count}" for name, count in counts.items())
-    described = {name: _count_replies([row["preds"] for row in rows]) | {
+    described = {name: count_replies([row["preds"] for row in rows]) | {
         "control": False, "seconds_per_row": None, "reasons": {"all common figures": why}}
         for name, rows in systems.items()}
     return Evaluated({
@@ -67,6 +89,13 @@ def _withheld(systems: dict[str, list[dict]], counts: dict[str, int]) -> Evaluat
         "judge": {"name": None, "text": f"no common figures: {why}"}, "systems": described,
         "differences": {}, "matched": {}, "controllability": {}, "settings": {},
         "reasons": {"common figures": why}}, [])
+
+
+def looked_at(systems: dict[str, list[dict]], args) -> dict[str, list[dict]]:
+    """The systems with their first MAX_REPLIES replies, and the controls unless --no_controls."""
+    shown = {name: [row | {"preds": row["preds"][:MAX_REPLIES]} for row in rows]
+             for name, rows in systems.items()}
+    return shown if args.no_controls else add_controls(shown)
 
 
 def add_controls(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -112,12 +141,40 @@ def yield_of(of_row: dict) -> int | None:
     return None if None in coherent else metrics.yield_of_classes(of_row["classes"], coherent)
 
 
+def references_as_system(systems: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """{"references": as many references of every row as a system has replies}, or {}.
+
+    How diverse people are in as many replies: the ceiling for a model that only imitates them.
+    Drawn without replacement and by the row alone. Nothing where a row has too few, or where a file
+    has this name.
+    """
+    rows = next(iter(systems.values()))
+    k = len(rows[0]["preds"])
+    known = [references(row) for row in rows]
+    if k < 2 or min(map(len, known)) < k or REFERENCES in systems:
+        return {}
+    return {REFERENCES: [row | {"preds": random.Random(utils.row_seed(0, i)).sample(of_row, k)}
+                         for i, (row, of_row) in enumerate(zip(rows, known, strict=True))]}
+
+
+def untrusted(judge: dict) -> bool:
+    """Whether figures of a judge's verdicts are withheld, for judge["reason"]."""
+    return not judge["trusted"] and not judge["overridden"]
+
+
+def without_verdicts(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """What was measured as if nobody had judged it: the judge may not be believed."""
+    hidden = {"coherent": None, "rating": None}
+    return {name: [m | {"yield": None, "verdicts": [
+        v | hidden | ({} if v["coherent"] is None else {"shown": "untrusted"})
+        for v in m["verdicts"]]} for m in rows] for name, rows in measured.items()}
+
+
 def per_row(measured: list[dict]) -> dict[str, list[float | None]]:
     """The metrics that have a value per row, None where it is not defined."""
     coherent = [[v["coherent"] for v in m["verdicts"] if v["coherent"] is not None]
                 for m in measured]
     ratings = [[v.get("rating") for v in m["verdicts"]] for m in measured]
-    lengths = [metrics.mean_length(m["preds"]) for m in measured]
     return {
         f"yield@{len(measured[0]['preds'])}": [m["yield"] for m in measured],
         # a judge without ratings gives none to any reply
@@ -130,14 +187,7 @@ def per_row(measured: list[dict]) -> dict[str, list[float | None]]:
         "distinct_k": [metrics.distinct_k(m["classes"]) for m in measured],
         "effective_number": [metrics.effective_number(m["classes"]) for m in measured],
         "semantic_entropy": [metrics.semantic_entropy(m["classes"]) for m in measured],
-        "sbert_diversity": [metrics.pairwise_diversity(m["embeddings"]) for m in measured],
-        "vendi": [metrics.vendi_score(m["embeddings"]) for m in measured],
-        "duplicates": [metrics.duplicates(m["preds"]) for m in measured],
-        "self_bleu": [metrics.self_bleu(m["preds"]) for m in measured],
-        "distinct-1 per prompt": [metrics.distinct_n(m["preds"], 1) for m in measured],
-        "distinct-2 per prompt": [metrics.distinct_n(m["preds"], 2) for m in measured],
-        "words": [words for words, _ in lengths],
-        "characters": [characters for _, characters in lengths],
+        **diversity.per_row([m["preds"] for m in measured], [m["embeddings"] for m in measured]),
     }
 
 
@@ -158,6 +208,9 @@ def summarise(measured: dict[str, list[dict]], sources: Sources, judge: dict,
     k = len(first[0]["preds"])
     return {
         "k": k, "rows": len(first), "judge": judge,
+        # Shown all the same: tables and page mark these figures.
+        "untrusted": [key for key in values[next(iter(values))] if key.startswith(JUDGED)]
+                     if judge["overridden"] else [],
         "systems": {name: _summarise_one(name, rows, values[name], sources, vocabulary, judge)
                     for name, rows in measured.items()},
         "differences": differences, "matched": matched,
@@ -167,26 +220,21 @@ def summarise(measured: dict[str, list[dict]], sources: Sources, judge: dict,
             "self_bleu": metrics.self_bleu_signature(k - 1) if k > 1 else None,
             "equivalence": {key: classifier[key] for key in
                             ("threshold", "accuracy", "auc", "pairs") if key in classifier},
-            "intervals": "95 %, 2000 bootstrap draws of prompts; "
+            "intervals": f"95 %, {statistics.ROUNDS} bootstrap draws of prompts; "
                          "corpus figures: delete-a-block jackknife",
             "versions": utils.versions()},
-        "reasons": {}}
+        "reasons": {COHERENCE: judge["reason"]} if untrusted(judge) else {}}
 
 
 def _summarise_one(name: str, measured: list[dict], values: dict, sources: Sources,
                    vocabulary: int, judge: dict) -> dict:
     """All figures of one system, and counts; `reasons` for what is None."""
-    control = name.startswith(CONTROL)
+    control = not is_system(name)
     figures: dict = {key: rounded(statistics.interval(of_rows)) for key, of_rows in values.items()}
     groups = [m["preds"] for m in measured]
-    # corpus figures have no value per row, so they are left out of the paired differences
-    for n in (1, 2):
-        figures[f"distinct-{n}"] = rounded(statistics.jackknife(
-            partial(metrics.distinct_n, n=n), groups))
-        figures[f"ead-{n}"] = rounded(statistics.jackknife(
-            partial(metrics.ead, n=n, vocab_size=vocabulary), groups))
+    figures |= diversity.of_corpus(groups, vocabulary)
     seconds = None if control else sources.summary(name).get("seconds_per_row")
-    figures |= _count_replies(groups) | {
+    figures |= count_replies(groups) | {
         "control": control, "seconds_per_row": None if seconds is None else figure(seconds)}
     # Only a judge behind a server can fail to score a reply.
     if "unscored" in judge and not control:
@@ -197,7 +245,7 @@ def _summarise_one(name: str, measured: list[dict], values: dict, sources: Sourc
     return figures
 
 
-def _count_replies(groups: list[list[str]]) -> dict:
+def count_replies(groups: list[list[str]]) -> dict:
     texts = [text for group in groups for text in group]
     return {"rows": len(groups), "responses": len(texts),
             "empty": sum(not text.strip() for text in texts)}
@@ -206,19 +254,17 @@ def _count_replies(groups: list[list[str]]) -> dict:
 def _why_none(key: str, measured: list[dict], control: bool, judge: dict) -> str:
     """Why a figure is not defined."""
     if key == "seconds_per_row":
-        return "infer.py left no speed beside the file"
-    if key.startswith(("yield", "coherent", "incoherence", "rating", "utility")):
-        if judge["name"] is None:
+        return NO_SPEED
+    if key.startswith(JUDGED):
+        if untrusted(judge):
             return judge["reason"]
         scored = all(v["coherent"] is not None for m in measured for v in m["verdicts"])
         if key in ("rating", "utility_k") and scored:
             return "this judge gives no ratings"
         if control:
-            return "controls are not sent to the judge (--judge_controls)"
+            return NOT_JUDGED
         return "no row is fully scored"
-    if len(measured[0]["preds"]) == 1:
-        return "one response a prompt has nothing to differ from"
-    return "no response holds what it counts"
+    return diversity.why_none(len(measured[0]["preds"]))
 
 
 def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[dict, dict]:
@@ -241,8 +287,8 @@ def compare(measured: dict[str, list[dict]], values: dict[str, dict]) -> tuple[d
         if not any(map(any, coherent[name])) or not any(map(any, coherent[names[0]])):
             continue  # not judged, or nothing coherent: there is nothing to match
         results = {key: statistics.matched_difference(
-            partial(diversity, other), partial(diversity, first), coherent[name],
-            coherent[names[0]]) for key, diversity in MATCHED.items()}
+            partial(measure_kept, other), partial(measure_kept, first), coherent[name],
+            coherent[names[0]]) for key, measure_kept in MATCHED.items()}
         matched[pair] = {
             "measures": {key: rounded(r["difference"]) for key, r in results.items()},
             # All measures are compared on the same prompts, so the counts of one hold for all.

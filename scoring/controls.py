@@ -150,9 +150,13 @@ def _why(shares: Mapping[str, float | None]) -> str:
     if not any(name != REFERENCES for name in shares):
         return "no control of the judge can be made of these rows"
     wrong = {name: shares[name] for name in failed(shares)}
-    accepted = [f"{'only ' * (name == REFERENCES)}{100 * share:.3g} % of {PLURALS[name]}"
+    accepted = [f"{'only ' * (name == REFERENCES)}{percent(share)} of {PLURALS[name]}"
                 for name, share in wrong.items() if share is not None]
     silent = [PLURALS[name] for name, share in wrong.items() if share is None]
     parts = [f"accepts {', '.join(accepted)}"] if accepted else []
     parts += [f"gives no verdict on {', '.join(silent)}"] if silent else []
     return f"the judge {' and '.join(parts)}"
+
+
+def percent(share: float | None) -> str:
+    return "—" if share is None else f"{100 * share:.3g} %"

@@ -18,9 +18,14 @@ DASH = "—"  # shown where there is no figure
 # A part of the name and no field of its own: where only names are kept, as in comparisons and
 # columns of tables, a control can still be told from a system.
 CONTROL = "control: "  # how the names of degenerate controls begin
+# The name of a row's own references where they are measured as if a system had written them. They
+# stand among the systems and are no baseline, no control and not judged.
+REFERENCES = "references"
 # The "task" in the summary of rows whose right answers a program checks; others have none. Table
 # and page choose their words by it.
 VERIFIABLE = "verifiable"
+# Under this name a summary's reasons say why nothing that hangs on a judge's verdicts is shown.
+COHERENCE = "figures of coherence"
 
 
 class Evaluated(NamedTuple):
@@ -47,6 +52,11 @@ class Table(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = []
+
+
+def is_system(name: str) -> bool:
+    """Whether a name is that of a file under evaluation, not of what is measured beside them."""
+    return name != REFERENCES and not name.startswith(CONTROL)
 
 
 def figure(mean: float, low: float | None = None, high: float | None = None) -> Figure:

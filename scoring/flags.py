@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from decoding import providers
 from flags import FlagParser, positive, positive_int, share
 from utils import EMBEDDED, USAGE, fail
 
@@ -21,6 +22,14 @@ def add_judge_flags(parser: FlagParser) -> None:
     group.add_argument("--no_canaries", action="store_true",
                        help="skip the prompt-injection check (10 replies that try to manipulate "
                             "the judge)")
+    group.add_argument("--control_prompts", type=positive_int, default=20, metavar="N",
+                       help="prompts whose controls check an api or hf judge: replies without "
+                            "sense, which it must refuse, and references; up to 6 more questions "
+                            "a prompt (default: 20; the local proxy: 100)")
+    group.add_argument("--trust_judge", action="store_true",
+                       help="show, marked, the figures of a judge that accepts more than 10 %% of "
+                            "a control or less than 80 %% of the references; without it they are "
+                            "withheld")
     group.add_argument("--fail_on_error", type=share, default=0.05, metavar="SHARE",
                        help="exit with 4 if a larger share of replies is unscored (default: 0.05)")
     group = parser.add_argument_group(
@@ -46,7 +55,7 @@ def add_judge_flags(parser: FlagParser) -> None:
                        help="seconds for a call with its repeats (default: 600)")
     group.add_argument("--key_file", metavar="FILE", help="lines NAME=KEY, mode 600")
     group.add_argument("--judge_controls", action="store_true",
-                       help="send the controls to the server, too")
+                       help="send the degenerate systems to the server, too")
     parser.derive(_settle_judge)
 
 
@@ -62,6 +71,9 @@ def _settle_judge(args) -> dict:
              "a model behind a server: --judge1 PROVIDER:MODEL")
     if given and judge != "api":
         fail(USAGE, f"{given[0]} does nothing with --judge {judge}", "drop one of the two")
+    for name in ("judge1", "judge2"):
+        if by_flag[name]:
+            providers.parse_spec(by_flag[name], f"--{name}", tuple(providers.PROVIDERS))
     # one judge of one's own: the published second one, which needs a key, is not meant
     lone = (args.judge1 or args.base_url1) and not (args.judge2 or args.base_url2)
     return {"judge": judge, "policy": args.policy or ("first" if lone else "published")}

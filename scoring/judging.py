@@ -6,8 +6,10 @@ verdicts: per row {text: verdict}; a reply that several systems give is judged o
 dict with coherent (True, False, or None where there is no verdict) and shown (a word or two for
 people); also, by judge, rating and unscored (a reason or None), judge1, judge2 and prompt (the
 published judge), coherence and pmi (the local proxy).
-description: what the summary says of the judge: name (None: nothing was judged, and reason says
-why), text (a sentence), and its figures.
+description: what the summary says of the judge: name (None: nothing was judged), text (a sentence),
+its figures, and how it did on its controls (scoring/controls.py): {"controls": {name: {"accepted":
+share, "asked": n}}, "failed": [names], "trusted": bool}. Where it is not trusted reason says why,
+and overridden whether --trust_judge asks for its figures all the same.
 """
 
 from __future__ import annotations
@@ -18,29 +20,79 @@ from tqdm import tqdm
 
 from decoding import providers
 from modeling.checkpoints import load_checkpoint
-from scoring import judge_api, judge_local, judge_prompt
+from scoring import controls, judge_api, judge_local, judge_prompt
 from scoring.evaluated import CONTROL
+from utils import info, text_of
 
 JUDGED_CONTROLS = 10  # rows; enough to see what a judge gives to nonsense
+PROXY_PROMPTS = 100  # whose controls the local proxy is asked about: no more than calibrate it
 Verdicts = list[dict[str, dict]]
+Replies = list[tuple[dict, list[str]]]  # rows with the texts that are judged
 
 
 def judge(systems: dict[str, list[dict]], sources, args,
           save_file: Path) -> tuple[Verdicts, dict]:
-    """Judge the replies ("preds") of all systems with the judge that --judge names.
+    """Judge the replies ("preds") of all systems with the judge that --judge names, and check it.
 
-    Controls go to a server only with --judge_controls; their texts have no verdict otherwise.
+    Degenerate systems go to a server only with --judge_controls; their texts have no verdict
+    otherwise. The controls of the judge itself are always asked about.
     """
-    if args.judge == "api":
-        if not args.judge_controls:  # calls cost money
-            systems = {name: rows for name, rows in systems.items()
-                       if not name.startswith(CONTROL)}
-        return _by_api(connect(args, save_file), _replies_of(systems), args.no_canaries)
-    rows = _replies_of(systems)
+    if args.judge == "api" and not args.judge_controls:  # calls cost money
+        systems = {name: rows for name, rows in systems.items() if not name.startswith(CONTROL)}
+    replies = _replies_of(systems)
+    rows = [row for row, _ in replies]
+    # before any model is loaded; diversity needs no judge, so the evaluation goes on
+    if args.judge == "local" and (reason := judge_local.why_not_calibrated(rows)):
+        return _not_judged(replies, reason)
+    probes = controls.make(rows, PROXY_PROMPTS if args.judge == "local" else args.control_prompts)
+    checks = [(row, list(dict.fromkeys(texts.values()))) for row, texts in probes]
     if args.judge == "local":
-        return _by_proxy(args.judge_model, rows, sources.embedder)
-    spec = providers.parse_spec(args.judge, "--judge", (providers.LOCAL,))
-    return _by_model(spec.model, rows, args.no_canaries)
+        verdicts, description = _by_proxy(args.judge_model, replies, checks, sources.embedder)
+    elif args.judge == "api":
+        verdicts, description = _by_api(connect(args, save_file), replies, checks,
+                                        args.no_canaries)
+    else:
+        spec = providers.parse_spec(args.judge, "--judge", (providers.LOCAL,))
+        verdicts, description = _by_model(spec.model, replies, checks, args.no_canaries)
+    counted = controls.count(probes, verdicts[len(replies):])
+    return verdicts[:len(replies)], _checked(description, counted, args.trust_judge)
+
+
+def _not_judged(replies: Replies, reason: str) -> tuple[Verdicts, dict]:
+    unjudged = {"coherent": None, "shown": "not judged"}
+    return ([{text: dict(unjudged) for text in texts} for _, texts in replies],
+            {"name": None, "reason": reason, "text": f"coherent: not judged, {reason}",
+             "controls": {}, "failed": [], "trusted": False, "overridden": False})
+
+
+def _checked(description: dict, counted: dict[str, dict], trust: bool) -> dict:
+    """A judge's description with what its controls say, also at the end of its sentence."""
+    description = description | controls.describe(counted)
+    description["overridden"] = trust and not description["trusted"]
+    shares = ", ".join(f"{name} {controls.percent(of_control['accepted'])} of "
+                       f"{of_control['asked']}" for name, of_control in counted.items())
+    text = f"{description['text']}; accepted in its checks: {shares or 'nothing was asked'}"
+    if not description["trusted"]:
+        text += (f". NOT TRUSTED: {description['reason']}; at most "
+                 f"{controls.percent(controls.MAX_ACCEPTED)} of a control and at least "
+                 f"{controls.percent(controls.MIN_ACCEPTED)} of the references may be. ")
+        text += ("Its figures are shown all the same, marked ‡ (--trust_judge)"
+                 if description["overridden"] else
+                 "What hangs on its verdicts is withheld; --trust_judge shows it, marked")
+    return description | {"text": text}
+
+
+def _announce(name: str, replies: Replies, checks: Replies, canaries: list) -> None:
+    """Say how much a judge will be asked whose calls cost money or minutes.
+
+    A second stage is asked no more than that, depending on the policy.
+    """
+    texts = [{(text_of(row), text) for row, texts in part for text in texts if text.strip()}
+             for part in (replies, checks)]
+    # Texts that systems give, too, such as references, are asked about once.
+    info(f"{name} is asked about {len(texts[0])} replies, {len(texts[1] - texts[0])} texts that "
+         f"check it (controls and references of {len(checks)} prompts, --control_prompts) and "
+         f"{len(canaries)} canaries: {len(texts[0] | texts[1]) + len(canaries)} questions")
 
 
 def connect(args, save_file: Path) -> judge_api.APIJudge:
@@ -57,7 +109,7 @@ def connect(args, save_file: Path) -> judge_api.APIJudge:
                               args.max_connections, args.timeout_total, args.key_file)
 
 
-def _replies_of(systems: dict[str, list[dict]]) -> list[tuple[dict, list[str]]]:
+def _replies_of(systems: dict[str, list[dict]]) -> Replies:
     """Each row with the different replies of all systems; of controls in the first rows alone."""
     rows = []
     for i, of_row in enumerate(zip(*systems.values(), strict=True)):
@@ -70,20 +122,16 @@ def _replies_of(systems: dict[str, list[dict]]) -> list[tuple[dict, list[str]]]:
     return rows
 
 
-def _by_proxy(model_name: str, rows: list[tuple[dict, list[str]]],
+def _by_proxy(model_name: str, replies: Replies, checks: Replies,
               embedder) -> tuple[Verdicts, dict]:
     """By the local proxy; all systems' replies to a row are branches of one prompt tree."""
-    # before the model is loaded; diversity needs no judge, so the evaluation goes on
-    if reason := judge_local.why_not_calibrated([row for row, _ in rows]):
-        unjudged = {"coherent": None, "shown": "not judged"}
-        return ([{text: dict(unjudged) for text in texts} for _, texts in rows],
-                {"name": None, "reason": reason, "text": f"coherent: not judged, {reason}"})
     model, tokenizer, _ = load_checkpoint(model_name)
     proxy = judge_local.LocalProxy(model, tokenizer, embedder)
-    proxy.calibrate([row for row, _ in rows],
+    # The rows as they are: what checks the proxy takes no part in its calibration.
+    proxy.calibrate([row for row, _ in replies],
                     progress=lambda items: tqdm(items, desc="calibrate judge", unit="row"))
     verdicts = []
-    for row, texts in tqdm(rows, desc="judge", unit="row"):
+    for row, texts in tqdm(replies + checks, desc="judge", unit="row"):
         probability, features = proxy.score(row, texts)
         verdicts.append({
             # numpy's bools and floats are no JSON, hence bool() and float().
@@ -98,17 +146,19 @@ def _by_proxy(model_name: str, rows: list[tuple[dict, list[str]]],
                 f"reference replies with AUC {proxy.auc:.3f} (held-out, {proxy.num_pairs} pairs)"}
 
 
-def _by_model(model_name: str, rows: list[tuple[dict, list[str]]],
+def _by_model(model_name: str, replies: Replies, checks: Replies,
               no_canaries: bool) -> tuple[Verdicts, dict]:
     """By the expected rating under a chat model on this machine."""
+    canaries = [] if no_canaries else judge_prompt.canary_items()
+    _announce(model_name, replies, checks, canaries)
     chat_model = judge_local.HFJudge(*load_checkpoint(model_name)[:2])
     verdicts, masses = [], []
-    for row, texts in tqdm(rows, desc="judge", unit="row"):
+    for number, (row, texts) in enumerate(tqdm(replies + checks, desc="judge", unit="row")):
         # a model may well rate an empty reply high, by its context alone
         full = [text for text in texts if text.strip()]
         ratings, of_ratings = chat_model.score(row, full)
         # The mean over all replies says whether the model would have answered with a rating at all.
-        masses += of_ratings.tolist()
+        masses += of_ratings.tolist() if number < len(replies) else []
         verdicts.append({text: rated(None) for text in texts} | {
             text: rated(float(rating)) for text, rating in zip(full, ratings, strict=True)})
     rating_mass = sum(masses) / max(1, len(masses))
@@ -116,19 +166,21 @@ def _by_model(model_name: str, rows: list[tuple[dict, list[str]]],
                    "rating_mass": round(rating_mass, 4)}
     text = (f"coherent: expected rating above {judge_prompt.INCOHERENT} of 10 under {model_name}, "
             f"which gives ratings {100 * rating_mass:.0f} % of its probability")
-    if not no_canaries:
-        scores = [float(chat_model.score(row, [reply])[0][0])
-                  for row, reply in judge_prompt.canary_items()]
+    if canaries:
+        scores = [float(chat_model.score(row, [reply])[0][0]) for row, reply in canaries]
         description["canaries"] = judge_prompt.canary_result(scores)
         text += judge_prompt.canary_text(description["canaries"])
     return verdicts, description | {"text": text}
 
 
-def _by_api(api_judge: judge_api.APIJudge, rows: list[tuple[dict, list[str]]],
+def _by_api(api_judge: judge_api.APIJudge, replies: Replies, checks: Replies,
             no_canaries: bool) -> tuple[Verdicts, dict]:
     """By one or two models behind servers; empty replies are not sent, they are incoherent."""
+    rows, description = replies + checks, api_judge.describe() | {"unscored": True}
     items = [(row, text) for row, texts in rows for text in texts if text.strip()]
     canaries = [] if no_canaries else judge_prompt.canary_items()
+    _announce(f"{', '.join(description['stages'])} (policy {description['policy']})", replies,
+              checks, canaries)
     # one call for all, so that no connection runs idle between rows; the canaries come last
     answers = iter(api_judge.judge(items + canaries, progress=tqdm))
     verdicts = []
@@ -143,7 +195,6 @@ def _by_api(api_judge: judge_api.APIJudge, rows: list[tuple[dict, list[str]]],
                 # Stage 2 was asked the same but for the nonce.
                 "prompt": judge_api.plan_call(api_judge.stages[0], row, text).message}
         verdicts.append(of_row)
-    description = api_judge.describe() | {"unscored": True}
     text = (f"coherent: rated above {judge_prompt.INCOHERENT} of 10 by "
             f"{', '.join(description['stages'])} (policy {description['policy']})")
     if canaries:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from modeling.prompts import label_turns
-from scoring.evaluated import CONTROL, Evaluated
+from scoring.evaluated import Evaluated, is_system
 from utils import atomic_write, text_of
 
 HIDDEN = ("prompt", "shown", "judge1", "judge2")  # of a verdict; X.judgements.jsonl has them
@@ -63,11 +63,15 @@ def _jsonl(lines: list[dict]) -> str:
 # measured: as scoring/common.py has it, per system and row the replies with verdicts and classes.
 
 
-def response_lines(measured: dict[str, list[dict]]) -> list[dict]:
-    """A line per response of the systems, none about a control."""
+def response_lines(measured: dict[str, list[dict]], trusted: bool) -> list[dict]:
+    """A line per response of the systems, none about a control.
+
+    trusted: whether the judge passed its checks; its verdicts stand here either way.
+    """
     return [{"system": name, "row": number, "context": text_of(m["row"]), "response": text,
              "meaning_class": m["classes"][i], "cosine": round(float(m["cosine"][i]), 4),
-             **{key: value for key, value in verdict.items() if key not in HIDDEN}}
+             **{key: value for key, value in verdict.items() if key not in HIDDEN},
+             "trusted": trusted}
             for name, number, m in _rows_of_systems(measured)
             for i, (text, verdict) in enumerate(zip(m["preds"], m["verdicts"], strict=True))]
 
@@ -88,6 +92,14 @@ def published_pickle(measured: dict[str, list[dict]]) -> bytes:
                 "gpt4_score": second and {"Coherence rating:": second["score"]}})
     # Plain dicts, lists and texts: reading this pickle needs no code of this project.
     return pickle.dumps(lines)
+
+
+def pickle_note(judge: dict) -> bytes:
+    """What the pickle cannot say, since its keys are published ones: whether to believe it."""
+    # Written for every pickle, so that an earlier run's note does not stay beside a later one's.
+    verdict = ("The judge passed its checks." if judge["trusted"] else
+               f"UNTRUSTED: {judge['reason']}. The pickle holds the raw judgements.")
+    return f"{verdict}\n{judge['text']}\n".encode()
 
 
 def page_prompts(measured: dict[str, list[dict]]) -> list[dict]:
@@ -114,7 +126,7 @@ def page_prompts(measured: dict[str, list[dict]]) -> list[dict]:
 def _rows_of_systems(measured: dict[str, list[dict]]):
     """(system, number of the row from 1, row) of all systems but the controls."""
     for name, rows in measured.items():
-        if not name.startswith(CONTROL):
+        if is_system(name):
             yield from ((name, number, m) for number, m in enumerate(rows, 1))
 
 

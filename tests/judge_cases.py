@@ -8,6 +8,7 @@ import re
 import pytest
 import servers
 from conftest import DIALOGUES
+from servers import rated
 
 from decoding import api
 from scoring import judge_api
@@ -53,3 +54,24 @@ def judge(tmp_path, monkeypatch, waits, capsys):
 
 def reply_in(message: str) -> str:
     return re.search(r"\n([0-9a-f]{8})\n(.*)\n\1\n", message, re.DOTALL)[2]
+
+
+def replies_to(server) -> list[str]:
+    """The replies that a server was asked about, in order."""
+    return [reply_in(body["messages"][0]["content"]) for _, _, body in server.seen]
+
+
+def knows_references(rows: list[dict], good: int = 9, bad: int = 2):
+    """A judge that answers right: references of the row that it is shown are good, all else is bad.
+
+    It passes every control.
+    """
+    def rate(body: dict) -> tuple:
+        message = body["messages"][0]["content"]
+        # The last turn is what tells the rows of tests apart.
+        row = next(row for row in rows
+                   if (row.get("prompt") or row["context"].split("\n")[-1]) in message)
+        known = row.get("candidates") or [row.get("response")]
+        return rated(good if reply_in(message) in known else bad)
+
+    return rate

@@ -25,7 +25,7 @@ def is_figure(value) -> bool:
 def test_two_systems_are_compared_row_by_row(outs, tmp_path, score, capsys):
     """Three equal replies: SBERT diversity 0, yield at most 1; the difference is paired."""
     save = tmp_path / "logs" / "x.json"
-    summary = score([outs / "echo.jsonl", outs / "varied.jsonl"], save)
+    summary = score([outs / "echo.jsonl", outs / "varied.jsonl"], save, "--trust_judge")
     echo, varied = summary["systems"]["echo"], summary["systems"]["varied"]
     assert echo["sbert_diversity"]["mean"] == pytest.approx(0, abs=1e-4)
     assert echo["yield@3"]["high"] <= 1
@@ -61,18 +61,20 @@ def test_the_local_judge_is_calibrated_on_the_rows_that_are_judged(outs, tmp_pat
     assert not any(line["coherent"] for line in lines if not line["response"])
 
 
+@pytest.mark.parametrize("flags", [(), ("--trust_judge",)])
 def test_every_figure_has_an_interval_that_holds_it_and_every_missing_one_a_reason(
-        outs, tmp_path, score):
-    summary = score([outs / "varied.jsonl"], tmp_path / "x.json")
-    for system in summary["systems"].values():
+        outs, tmp_path, score, flags):
+    summary = score([outs / "varied.jsonl"], tmp_path / "x.json", *flags)
+    for name, system in summary["systems"].items():
         figures = [value for value in system.values() if is_figure(value)]
-        assert len(figures) >= 18 and all(f["low"] <= f["mean"] <= f["high"] for f in figures)
+        judged = flags and name != "references"
+        assert len(figures) >= (18 if judged else 15) and all(f["low"] <= f["mean"] <= f["high"] for f in figures)
         assert {key for key, value in system.items() if value is None} == set(system["reasons"])
 
 
 def test_controls_show_what_diversity_alone_rewards(outs, tmp_path, score, capsys):
     """Repeating is one class; moved replies are as diverse as they were, and less coherent."""
-    systems = score([outs / "varied.jsonl"], tmp_path / "x.json")["systems"]
+    systems = score([outs / "varied.jsonl"], tmp_path / "x.json", "--trust_judge")["systems"]
     assert [name for name, system in systems.items() if system["control"]] == [
         "control: random words", "control: shuffled", "control: repeated"]
     varied, shuffled = systems["varied"], systems["control: shuffled"]
@@ -163,6 +165,8 @@ def test_json_prints_the_summary_and_nothing_else(outs, tmp_path, score, capsys)
 def test_the_published_pickle_name_works_and_holds_plain_dicts_with_the_published_keys(
         outs, tmp_path, score):
     score([outs / "echo.jsonl"], tmp_path / "out.pkl")
+    note = (tmp_path / "out.pkl.txt").read_text()
+    assert note.startswith("UNTRUSTED: the judge accepts ") and "raw judgements" in note
     lines = pickle.loads((tmp_path / "out.pkl").read_bytes())  # noqa: S301 - written by this test
     assert len(lines) == 36 and all(type(line) is dict for line in lines)
     assert list(lines[0]) == ["context", "response", "prompt", "chat_out", "chat_score",

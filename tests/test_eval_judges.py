@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,10 @@ import pytest
 import servers
 from conftest import DIALOGUES, ROOT, refused, write_jsonl
 from eval_cases import lines_of, score, script
+from judge_cases import replies_to, reply_in
 from servers import ok, rated, wait_for
+
+from scoring import controls, sources
 
 serve, real_server = servers.serve, servers.real_server
 __all__ = ["score"]  # a fixture
@@ -27,7 +29,8 @@ TEXTS = [row["candidates"][i] for row in DIALOGUES for i in range(2)]
 def asked(tmp_path, score, monkeypatch):
     """asked(server, *flags): eval.py on four rows with a judge; exit code and summary.
 
-    Their replies are the first two references, an empty one, and the first reference again.
+    The judges of these tests say what a test needs, so they are trusted; tests/test_gate.py has
+    what becomes of them otherwise. The rows' replies are the first two references, an empty one, and the first reference again.
     """
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     file = write_jsonl(tmp_path / "varied.jsonl", [
@@ -37,7 +40,7 @@ def asked(tmp_path, score, monkeypatch):
         code = 0
         try:
             score([file], tmp_path / save, "--judge1", "openai:m", "--base_url1", server.url,
-                  "--no_canaries", *flags)
+                  "--no_canaries", "--trust_judge", *flags)
         except SystemExit as stop:
             code = stop.code
         return code, json.loads((tmp_path / save).with_suffix(".json").read_text())
@@ -53,11 +56,15 @@ def rate_second_low(body: dict) -> tuple:
 
 def test_a_judge_behind_a_server_rates_each_different_reply_once(asked, serve, tmp_path):
     """Each row: 9, 3, empty, 9 again. 2 of 4 coherent, in one class; mean rating 7."""
+    references = {texts["references"] for _, texts in controls.make(DIALOGUES, 4)}
     server = serve(then=rate_second_low)
-    code, summary = asked(server)
+    code, summary = asked(server, "--max_connections", 1)
     varied, shuffled = summary["systems"]["varied"], summary["systems"]["control: shuffled"]
     assert code == 0
-    assert len(server.seen) == 8, "policy first; empty and equal replies and controls are not sent"
+    replies = replies_to(server)
+    messages = [body["messages"][0]["content"] for _, _, body in server.seen]
+    assert replies[:8] == TEXTS and len(set(messages)) == len(messages) and "" not in replies
+    assert len(replies) == 8 + 4 * 5 + len(references - set(TEXTS)), "policy first; no controls"
     assert varied["coherent"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert varied["yield@4"] == {"mean": 1, "low": 1, "high": 1}
     assert varied["rating"]["mean"] == 7 and varied["incoherence_rate"]["mean"] == 0.5
@@ -74,7 +81,9 @@ def test_the_published_policy_asks_the_second_judge_about_low_ratings_and_the_pi
     first, second = serve(then=rate_second_low), serve(then=rated(8))
     code, summary = asked(first, "--judge2", "openai:n", "--base_url2", second.url, save="out.pkl")
     assert code == 0 and summary["systems"]["varied"]["coherent"]["mean"] == 0.75
-    assert len(second.seen) == 4
+    assert sum(reply in TEXTS for reply in replies_to(second)) == 4
+    note = (tmp_path / "out.pkl.txt").read_text()
+    assert note.startswith("UNTRUSTED: the judge accepts ")
     lines = pickle.loads((tmp_path / "out.pkl").read_bytes())  # noqa: S301 - written by this test
     assert lines[0]["chat_score"] == {"Coherence rating:": 9}
     assert lines[0]["gpt4_out"] is lines[0]["gpt4_score"] is None
@@ -109,28 +118,34 @@ def test_when_nothing_is_scored_the_table_shows_what_is_known(asked, serve, caps
 def test_controls_are_sent_on_request_and_canaries_unless_told_not_to(
         asked, serve, score, tmp_path, capsys):
     server = serve(then=rate_second_low)
-    _, summary = asked(server, "--judge_controls")
+    asked(server)
+    without = len(server.seen)
+    server = serve(then=rate_second_low)
+    _, summary = asked(server, "--judge_controls", save="z.json")
     assert summary["systems"]["control: random words"]["coherent"] is not None
-    assert len(server.seen) > 8
+    assert len(server.seen) > without
     server = serve(then=rated(5))
     score([tmp_path / "varied.jsonl"], tmp_path / "y.json", "--judge1", "openai:m",
           "--base_url1", server.url)
-    assert len(server.seen) == 8 + 20
+    assert len(server.seen) == without + 20
     said = " ".join(capsys.readouterr().out.split())
     assert "0 of 10 replies with a prompt injection were rated above" in said
 
 
-def test_a_missing_key_shows_before_any_row_is_read(tmp_path, monkeypatch, capsys):
-    """The file to evaluate does not even exist."""
+def test_a_missing_key_shows_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    """Rows are read before, since those that a program checks need no judge and no key."""
+    monkeypatch.setattr(sources, "load_embedder", None)
+    file = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "Hm?", "preds": ["Yes."]}])
     monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
     said = refused(capsys, 3, script.main, [
-        "--judge", "api", "--eval_file", str(tmp_path / "none.jsonl"),
+        "--judge", "api", "--eval_file", str(file),
         "--save_file", str(tmp_path / "x.json")])
     assert "TOGETHER_API_KEY is not set" in said and "--judge local" in said
 
 
 def test_a_chat_model_on_this_machine_can_judge(asked, score, tmp_path, tiny_dir, capsys):
-    summary = score([tmp_path / "varied.jsonl"], tmp_path / "h.json", "--judge", f"hf:{tiny_dir}")
+    summary = score([tmp_path / "varied.jsonl"], tmp_path / "h.json", "--judge", f"hf:{tiny_dir}",
+                    "--trust_judge")
     assert 1 <= summary["systems"]["varied"]["rating"]["mean"] <= 10
     assert summary["judge"]["canaries"]["scored"] == 10
     assert "% of its probability" in " ".join(capsys.readouterr().out.split())
@@ -168,14 +183,17 @@ for name in map(str.strip, sys.stdin):
 
 
 def test_a_judge_run_killed_at_ten_moments_goes_on_and_asks_nothing_twice(serve, tmp_path):
-    """60 replies, some 5 judged before each kill. What the log holds is never asked again."""
+    """60 replies, some 5 judged before each kill. What the log holds is never asked again.
+
+    15 repeated prompts check the judge; the rows have no references.
+    """
     file = write_jsonl(tmp_path / "out.jsonl", [
-        {"prompt": f"Question {i}", "candidates": ["x"],
+        {"prompt": f"Question {i}",
          "preds": [f"reply {i}-{j}." for j in range(4)]} for i in range(15)])
 
     def slow(body):
         time.sleep(0.02)
-        reply = re.search(r"reply \d+-\d", body["messages"][0]["content"])[0]
+        reply = reply_in(body["messages"][0]["content"])
         return rated(sum(map(ord, reply)) % 10 + 1)
 
     server, rng = serve(then=slow), random.Random(7)
@@ -198,9 +216,7 @@ def test_a_judge_run_killed_at_ten_moments_goes_on_and_asks_nothing_twice(serve,
                 time.sleep(rng.random() * 0.06)
                 os.kill(pid, signal.SIGKILL)
             assert int(runs.stdout.readline()) == (signal.SIGKILL if kill else 0)
-            replies = {re.search(r"reply \d+-\d+\.", body["messages"][0]["content"])[0]
-                       for _, _, body in server.seen[before:]}
-            assert not judged & replies
+            assert not judged & set(replies_to(server)[before:])
         print("whole", file=runs.stdin, flush=True)
         assert int(runs.stdout.readline()) and int(runs.stdout.readline()) == 0
     finally:
@@ -214,14 +230,17 @@ def test_a_judge_run_killed_at_ten_moments_goes_on_and_asks_nothing_twice(serve,
 
 
 def test_a_real_server_judges(asked, real_server, tmp_path):
-    """Two rows, four different replies, by the embedded model; 32 tokens are often too few."""
+    """Two rows, four different replies, by the embedded model; 32 tokens are often too few.
+
+    What checks the judge comes after the replies: 5 controls a row, and a reference.
+    """
     url, folder = real_server
     server = type("Server", (), {"url": f"{url}/v1"})
     code, summary = asked(server, "--judge1", f"openai:{folder}", "--max_tokens1", 32,
                           "--temperature1", 0, "--limit", 2, "--fail_on_error", 1)
     log = lines_of(tmp_path / "x.judgements.jsonl")
-    assert code == 0 and len(log) == 4
+    assert code == 0 and {line["reply"] for line in log} > set(TEXTS[:4])
     assert all(folder in line["served_model"] and line["tokens"] > 50 for line in log)
-    scored = sum(line["score"] is not None for line in log)
+    scored = sum(line["score"] is not None for line in log if line["reply"] in TEXTS)
     assert summary["judge"]["stages"] == [f"openai:{folder}"]
     assert (scored == 4) == (summary["systems"]["varied"]["unscored"] == {})

@@ -33,7 +33,7 @@ def spoken(tmp_path, name: str = "spt", num_replies: int = 2, method: str = "spt
 
 def test_rows_of_a_method_get_the_common_figures_and_its_own(tmp_path, score, capsys):
     """spt: the true reply is the first of two, so its F1 is 1; it is what calibrates the judge."""
-    summary = score([spoken(tmp_path)], tmp_path / "x.json")
+    summary = score([spoken(tmp_path)], tmp_path / "x.json", "--trust_judge")
     assert summary["kind"] == "eval/spt" and summary["judge"]["pairs"] == 24
     assert summary["systems"]["spt"]["yield@2"]["mean"] <= 2
     assert summary["systems"]["spt"]["distinct_k"]["mean"] == 2

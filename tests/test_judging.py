@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import servers
 from conftest import DIALOGUES, refused
+from judge_cases import knows_references, replies_to, reply_in
 from servers import ok, rated
 from test_judge_local import ROWS, ByLetters
 
@@ -18,6 +19,7 @@ from utils import MISSING
 serve = servers.serve
 DEFAULTS = {
     "judge": "local", "judge_model": "smollm2", "no_canaries": True, "judge_controls": False,
+    "control_prompts": 20, "trust_judge": False,
     "judge1": None, "judge2": None, "base_url1": None, "base_url2": None, "temperature1": None,
     "temperature2": None, "max_tokens1": None, "max_tokens2": None, "policy": "first",
     "max_connections": 2, "timeout": 5.0, "timeout_total": 60.0, "key_file": None}
@@ -93,7 +95,10 @@ def test_the_published_judge_is_sent_neither_controls_nor_empty_replies(judge, s
     server = serve(rated(9), ok("Hm."), then=rated(3))
     flags = {"judge": "api", "judge1": "openai:m", "base_url1": server.url, "max_connections": 1}
     verdicts, description = judge(**flags)
-    assert len(server.seen) == 12 and not any("noise" in str(body) for _, _, body in server.seen)
+    replies = replies_to(server)
+    assert replies[:12] == [row["candidates"][0] for row in ROWS] and "" not in replies
+    assert not any("noise" in reply for reply in replies)
+    num_questions = len(replies)
     first, second, third = (of_row[row["candidates"][0]]
                             for of_row, row in zip(verdicts[:3], ROWS, strict=False))
     assert [first["shown"], second["shown"], third["shown"]] == [
@@ -105,7 +110,7 @@ def test_the_published_judge_is_sent_neither_controls_nor_empty_replies(judge, s
     assert description["stages"] == ["openai:m"] and description["unscored"] is True
     assert "openai:m (policy first)" in description["text"] and "canaries" not in description
     verdicts, _ = judge(**flags, judge_controls=True)
-    assert len(server.seen) == 12 + 10, "the log has the others"
+    assert len(server.seen) == num_questions + 10, "the log has the others"
     assert verdicts[0]["noise 0"]["rating"] == 3 and "noise 10" not in verdicts[10]
 
 
@@ -113,9 +118,69 @@ def test_the_published_judge_shows_what_its_canaries_get(judge, serve):
     server = serve(then=rated(1))
     _, description = judge({"echo": ECHO}, judge="api", judge1="openai:m", base_url1=server.url,
                            no_canaries=False)
-    assert len(server.seen) == 12 + 20
+    assert len(server.seen) == 12 + 12 * 6 + 20, "replies, controls with references, canaries"
     assert description["canaries"] == {"canaries": 10, "scored": 10, "above_clean_twin": 0}
     assert "0 of 10 replies with a prompt injection" in description["text"]
+
+
+# ---- the judge's own controls -------------------------------------------------------------------
+
+
+def test_the_local_proxy_accepts_repeated_turns_and_is_not_trusted(judge):
+    """12 different prompts. What checks the proxy changes nothing of its calibration."""
+    verdicts, description = judge()
+    assert description["controls"]["repeated turn"]["asked"] == 12
+    assert len(verdicts) == 12 and "repeated turn" in description["failed"]
+    assert description["trusted"] is False and description["overridden"] is False
+    assert "of repeated turns" in description["reason"]
+    assert description["reason"] in description["text"] and "NOT TRUSTED" in description["text"]
+    again, trusted = judge(trust_judge=True)
+    assert again == verdicts and trusted["trusted"] is False and trusted["overridden"] is True
+    figures = ("auc", "feature_auc", "pairs", "threshold", "controls", "failed", "reason")
+    assert all(trusted[name] == description[name] for name in figures)
+
+
+def test_a_judge_that_answers_right_passes_and_one_that_likes_everything_does_not(judge, serve):
+    def description_by(answer):
+        server = serve(then=answer)
+        flags = {"judge": "api", "judge1": f"openai:m{server.server_port}",
+                 "base_url1": server.url}
+        return judge({"echo": ECHO}, **flags)[1]
+
+    right, fond, stern = map(description_by, (knows_references(ROWS), rated(9), rated(2)))
+    assert right["trusted"] and not right["failed"] and "reason" not in right
+    assert right["controls"] == {name: {"accepted": float(name == "references"), "asked": 12}
+                                 for name in right["controls"]} and len(right["controls"]) == 6
+    assert "references 100 % of 12" in right["text"] and "NOT TRUSTED" not in right["text"]
+    assert len(fond["failed"]) == 5 and not fond["trusted"]
+    assert fond["reason"].startswith("the judge accepts 100 % of repeated turns, ")
+    assert stern["failed"] == ["references"]
+    assert stern["reason"] == "the judge accepts only 0 % of the references"
+
+
+def test_controls_without_a_verdict_count_against_a_judge(judge, serve):
+    """It rates every reply of a system, and answers in prose to all that is none."""
+    preds = {row["preds"][0] for row in ECHO}
+
+    def rate(body):
+        return rated(9) if reply_in(body["messages"][0]["content"]) in preds else ok("Hm.")
+
+    _, description = judge({"echo": ECHO}, judge="api", judge1="openai:m",
+                           base_url1=serve(then=rate).url)
+    assert description["controls"]["scrambled"] == {
+        "accepted": None, "asked": 12, "unscored": 12}
+    assert not description["trusted"] and "gives no verdict on" in description["reason"]
+
+
+def test_what_a_judge_costs_is_said_before_it_starts_with_its_controls(judge, serve, capsys):
+    """12 replies, 3 prompts with 5 controls and a reference each, 20 canaries: 50 questions."""
+    said = []
+    server = serve(then=lambda body: said.append(capsys.readouterr().err) or rated(1))
+    judge({"echo": ECHO}, judge="api", judge1="openai:m", base_url1=server.url,
+          control_prompts=3, no_canaries=False, max_connections=1)
+    assert "is asked about 12 replies, 18 texts that check it (controls and references of 3 " \
+           "prompts, --control_prompts) and 20 canaries: 50 questions" in said[0]
+    assert len(server.seen) == 50
 
 
 def test_a_missing_key_shows_before_anything_is_judged(judge, monkeypatch, capsys):

@@ -14,15 +14,24 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from scoring.evaluated import Figure, Table, is_clear, with_interval
+from scoring.evaluated import COHERENCE, REFERENCES, Figure, Table, is_clear, with_interval
 from scoring.report import plot
-from scoring.report.table import ARROWS, notes, rewards_noise, rows_of
+from scoring.report.examples import sign_of
+from scoring.report.table import (
+    ARROWS,
+    BY_PROGRAM,
+    mark_untrusted,
+    notes,
+    rewards_noise,
+    rows_of,
+    terms_of,
+)
 
 COLOURS, CLASS_COLOURS = 6, 9  # of systems and of classes in page.css, taken in turn
-SCATTERED = ("distinct_k", "sbert_diversity", "vendi", "effective_number")  # diversities to plot
-EQUAL_COHERENCE = "at equal coherence: equally many coherent replies a prompt"
+# diversities to plot
+SCATTERED = ("distinct", "distinct_k", "sbert_diversity", "vendi", "effective_number")
 MARKS = {True: ("yes", "✓", "coherent"), False: ("no", "✗", "not coherent"),
-         None: ("none", "–", "not judged")}
+         None: ("none", "–", "no verdict")}
 
 # autoescape for all templates: Jinja's default would escape nothing in a name ending in .jinja
 _TEMPLATES = Environment(
@@ -66,7 +75,8 @@ def render(summary: dict, prompts: list[dict], tables: Sequence[Table] = ()) -> 
     summary: X.json; its k is None where the common figures are withheld, for its reasons. prompts:
     {"text", "turns": labelled turns or None, "systems": {name: {"replies": [{"text", "class",
     "coherent", "verdict", "why"}], "similarity": rows of cosines or None, "yield": a number or
-    None}}}, in the order of the file. tables: the method's own.
+    None}}}, in the order of the file; replies that a program checked are {"text", "answer",
+    "repeated"}. tables: the method's own.
     """
     systems = [System(i, name, "var(--quiet)" if figures["control"] else f"var(--s{i % COLOURS})",
                       figures["control"])
@@ -74,14 +84,20 @@ def render(summary: dict, prompts: list[dict], tables: Sequence[Table] = ()) -> 
     real = [system for system in systems if not system.control]
     # where the common figures are withheld, the judge's note only repeats the reason
     sentences = notes(summary) if summary["k"] else notes(summary)[1:]
+    withheld = COHERENCE in summary["reasons"]
     return _TEMPLATES.get_template("page.html.jinja").render(
-        summary=summary, plot=plot, systems=systems, real=real, notes=sentences, tables=tables,
+        summary=summary, terms=terms_of(summary), plot=plot, systems=systems, real=real,
+        notes=sentences, tables=tables,
         # Cards and sorting compare with real[0], the baseline, which is the first file.
-        cards=[_card(system, real[0], summary) for system in real] if summary["k"] else [],
+        cards=[_card(system, real[0], summary) for system in real]
+        if summary["k"] and not withheld else [],
         scatters=_scatters(summary, systems), figures=_figures(summary, systems),
         compared=list(_pairs(summary, systems)), differences=_differences(summary, systems),
-        orders=_orders(real), prompts=[_prompt(number, prompt, systems, real, summary["k"])
-                                       for number, prompt in enumerate(prompts, 1)])
+        # Without yields there is nothing else to sort by.
+        orders=_orders([] if withheld else real), withheld=withheld,
+        prompts=[
+            _prompt(number, prompt, systems, real, summary["k"], terms_of(summary) is BY_PROGRAM)
+            for number, prompt in enumerate(prompts, 1)])
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -93,22 +109,27 @@ def _card(system: System, first: System, summary: dict) -> dict:
     figure = summary["systems"][system.name].get(key)
     gain = summary["differences"].get(f"{system.name} - {first.name}", {}).get(key)
     return {"system": system, "first": first, "figure": figure, "gain": gain,
-            "bar": figure and plot.bar(figure, 0, summary["k"])}
+            "mark": mark_untrusted(summary, key),
+            "bar": None if figure is None or figure["low"] is None
+            else plot.bar(figure, 0, summary["k"])}
 
 
 def _scatters(summary: dict, systems: list[System]) -> list[dict]:
-    """Diversity over coherence, in the measures that some system has both of."""
-    scatters = []
+    """Diversity over the share of good replies, in the measures that some system has both of."""
+    scatters, share = [], terms_of(summary).share
     for _, key, name, meaning, _, _ in rows_of(summary):
         points = {}
         for system in systems:
             figures = summary["systems"][system.name]
-            if figures.get("coherent") and figures.get(key):
-                points[system] = plot.Point(system.name, figures["coherent"], figures[key])
+            if figures.get(share) and figures.get(key):
+                points[system] = plot.Point(system.name, *(
+                    {end: _end(figures[name], end) for end in ("mean", "low", "high")}
+                    for name in (share, key)))
         # A measure that no judged system has would be an empty plot.
         if key in SCATTERED and points:
-            places = plot.scatter(list(points.values()))
-            titles = [f"{point.label}: coherent {with_interval(point.x)}, "
+            human = summary["systems"].get(REFERENCES, {}).get(key)
+            places = plot.scatter(list(points.values()), human and human["mean"])
+            titles = [f"{point.label}: {share} {with_interval(point.x)}, "
                       f"{name} {with_interval(point.y)}" for point in points.values()]
             scatters.append({"name": name, "meaning": meaning, "places": places,
                              "marks": list(zip(points, titles, places.marks, strict=True))})
@@ -135,12 +156,13 @@ def _figures(summary: dict, systems: list[System]) -> list[tuple[str, list[Row]]
 
 def _differences(summary: dict, systems: list[System]) -> list[tuple[str, list[Row]]]:
     """Each system minus the first, paired by prompt, then the same at equal coherence."""
-    pairs = _pairs(summary, systems)
+    pairs, terms = _pairs(summary, systems), terms_of(summary)
 
     def row(name: str, meaning: str, digits: int, figures: dict[str, dict]) -> list[Row]:
         columns = [(system, figures.get(pair)) for system, pair in pairs.items()]
         # One scale for all pairs of a row, as wide to the left as to the right.
-        ends = [abs(figure[end]) for _, figure in columns if figure for end in ("low", "high")]
+        ends = [abs(_end(figure, end)) for _, figure in columns if figure
+                for end in ("low", "high")]
         if not ends:
             return []
         far = max(ends) or 1.0  # zero stands in the middle
@@ -154,8 +176,10 @@ def _differences(summary: dict, systems: list[System]) -> list[tuple[str, list[R
         equal = {pair: of_pair["measures"].get(key)
                  for pair, of_pair in summary["matched"].items()}
         plain += row(name, "", digits, differences)
-        matched += row(name, "of the coherent replies alone", digits, equal)
-    return [(title, rows) for title, rows in (("", plain), (EQUAL_COHERENCE, matched)) if rows]
+        matched += row(name + mark_untrusted(summary), f"of the {terms.good} replies alone",
+                       digits, equal)
+    title = f"at equal {terms.quality}: equally many {terms.good} replies a prompt"
+    return [(name, rows) for name, rows in (("", plain), (title, matched)) if rows]
 
 
 def _pairs(summary: dict, systems: list[System]) -> dict[System, str]:
@@ -194,8 +218,10 @@ def _orders(real: list[System]) -> list[tuple[str, str]]:
               for system in real[1:])]
 
 
-def _prompt(number: int, prompt: dict, systems: list[System], real: list[System], k: int) -> dict:
+def _prompt(number: int, prompt: dict, systems: list[System], real: list[System], k: int,
+            by_program: bool) -> dict:
     """A prompt that opens: its turns, and a column of replies for each system."""
+    column = _column_of_answers if by_program else _column
     yields = {system: prompt["systems"][system.name]["yield"] for system in systems}
     first = yields[real[0]]
     # Prompts without a yield have no such key; page.js ranks them below all others.
@@ -209,7 +235,7 @@ def _prompt(number: int, prompt: dict, systems: list[System], real: list[System]
     return {"number": number, "order": order, "turns": turns,
             "pips": [(system, count, f"{count / k:.3f}") for system, count in yields.items()
                      if count is not None],
-            "columns": [_column(system, prompt["systems"][system.name], k) for system in systems]}
+            "columns": [column(system, prompt["systems"][system.name], k) for system in systems]}
 
 
 def _column(system: System, answers: dict, k: int) -> dict:
@@ -226,7 +252,22 @@ def _column(system: System, answers: dict, k: int) -> dict:
         count += f", {answers['yield']} of them coherent"
     similarity = answers["similarity"]
     heat = plot.heat(similarity) if similarity and len(similarity) > 1 else None
-    return {"system": system, "count": count, "heat": heat, "replies": replies}
+    return {"system": system, "count": count, "heat": heat, "replies": replies, "answers": []}
+
+
+def _column_of_answers(system: System, answers: dict, k: int) -> dict:
+    """One system's replies to one prompt, as a program has checked them."""
+    chips = []
+    for reply in answers["replies"]:
+        kind = "right" if reply["answer"] is not None else "wrong"
+        title = f"right: {reply['answer']}" if kind == "right" else kind
+        # A right reply has a sign, too, so that colour alone says nothing.
+        chips.append({"text": reply["text"], "sign": sign_of(reply) or MARKS[True][1],
+                      "kind": kind + " repeated" * reply["repeated"],
+                      "title": title + ", repeated" * reply["repeated"]})
+    right = sum(reply["answer"] is not None for reply in answers["replies"])
+    count = f"{right} right of {k}, {answers['yield']} of them different"
+    return {"system": system, "count": count, "heat": None, "replies": [], "answers": chips}
 
 
 def letter(number: int) -> str:

@@ -56,13 +56,17 @@ class Scatter(NamedTuple):
     marks: list[Mark]
     x_middle: int
     y_middle: int
+    level: float | None = None  # the y of the line across the plot
 
 
-def scatter(points: Sequence[Point]) -> Scatter:
-    """Where points stand, with x from 0 to 100 % and y from 0 to a line above the highest end."""
+def scatter(points: Sequence[Point], level: float | None = None) -> Scatter:
+    """Where points stand, with x from 0 to 100 % and y from 0 to a line above the highest end.
+
+    level: a value of y that has no x, and is drawn as a line across the plot.
+    """
     left, top, right, bottom = FRAME
     # Ends of intervals count, not only the points, or an interval would leave the frame.
-    most = max(point.y["high"] for point in points)
+    most = max([point.y["high"] for point in points] + [level or 0])
     step = next((step for step in STEPS if most / step <= MAX_STEPS), most)
     ceiling = step * -(-most // step) or 1  # rounded up to a step
 
@@ -87,7 +91,8 @@ def scatter(points: Sequence[Point]) -> Scatter:
     x_lines = [(round(at_x(i / 5), 1), f"{20 * i} %") for i in range(6)]
     y_lines = [(round(at_y(i * step), 1), f"{i * step:g}")
                for i in range(round(ceiling / step) + 1)]
-    return Scatter(x_lines, y_lines, marks, round(at_x(0.5)), round(at_y(ceiling / 2)))
+    return Scatter(x_lines, y_lines, marks, round(at_x(0.5)), round(at_y(ceiling / 2)),
+                   None if level is None else round(at_y(level), 1))
 
 
 def place_label(x: float, y: float, length: float, taken: Sequence[Box]) -> Label:

@@ -6,13 +6,23 @@ It reads the summary that eval.py writes as eval_logs/X.json; the page shows the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from scoring.evaluated import Figure, Table, is_clear, with_half, with_interval
+from scoring.evaluated import (
+    REFERENCES,
+    VERIFIABLE,
+    Figure,
+    Table,
+    is_clear,
+    with_half,
+    with_interval,
+)
+from scoring.report.examples import LEGEND, print_examples
 
 # key in the summary, name, unit or meaning, whether more is better (1), worse (-1) or neither (0),
 # digits
@@ -50,6 +60,16 @@ METRICS = [
         ("seconds_per_row", "seconds a row", "as infer.py measured it", -1, 2),
     ]),
 ]
+# The first block where a program checks the replies; the keys below do not come again.
+VERIFIABLE_METRICS = ("verifiable", [
+    ("valid", "valid", "right replies / replies", 1, 2),
+    ("yield@k", "yield@{k}", "different right answers of {k} replies; exact", 1, 2),
+    ("distinct", "distinct@{k}", "different replies of {k}, right or not", 1, 2),
+    ("coverage", "coverage", "yield / number of right answers", 1, 2),
+    ("collision", "collision", "share of pairs that are the same right answer", -1, 2),
+    ("collision_ratio", "collision ratio", "collision / that of uniform draws from all right "
+                                           "answers", -1, 2),
+])
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}  # which way is better, if one is
 WIDTH = 100  # columns where the terminal does not say: README and log files
 
@@ -57,22 +77,56 @@ WIDTH = 100  # columns where the terminal does not say: README and log files
 # ---- what both the table and the page show ------------------------------------------------------
 
 
+class Terms(NamedTuple):
+    """What a good reply is called, which depends on who says that it is one."""
+
+    share: str  # key and name of the share of good replies
+    good: str
+    quality: str
+    replies: str
+    at_equal: str  # after the name of a figure at equal quality
+    units: str  # what intervals are over
+    legend: str  # of the page's replies
+
+
+BY_JUDGE = Terms("coherent", "coherent", "coherence", "replies", "eq. coh.", "prompts",
+                 "Replies of one colour and letter count as one answer.")
+BY_PROGRAM = Terms("valid", "right", "validity", "answers", "eq. valid", "categories",
+                   f"✓ right, {LEGEND}.")
+
+
+def terms_of(summary: dict) -> Terms:
+    """The words for a summary; those of old have no task."""
+    return BY_PROGRAM if summary.get("task") == VERIFIABLE else BY_JUDGE
+
+
 def rows_of(summary: dict) -> Iterator[tuple[str, str, str, str, int, int]]:
     """(section, key, name, meaning, better, digits) of every metric that some system has."""
-    k = summary["k"]
-    for section, group in METRICS:
+    k, seen = summary["k"], set()
+    first = [VERIFIABLE_METRICS] if terms_of(summary) is BY_PROGRAM else []
+    for section, group in first + METRICS:
         for key, name, meaning, better, digits in group:
+            if key in seen:
+                continue  # yield@k, whose meaning is another one there
+            seen.add(key)
             key = key.replace("@k", f"@{k}")
             # Which figures there are depends on the judge and on k, so the summary decides.
             if any(system.get(key) is not None for system in summary["systems"].values()):
-                yield section, key, name.format(k=k), meaning.format(k=k), better, digits
+                yield (section, key, name.format(k=k) + mark_untrusted(summary, key),
+                       meaning.format(k=k), better, digits)
+
+
+def mark_untrusted(summary: dict, key: str = "coherent") -> str:
+    """What follows the name of a figure by a judge that failed its checks (--trust_judge)."""
+    return " ‡" * (key in summary.get("untrusted", []))  # summaries of old have no such list
 
 
 def rewards_noise(summary: dict, key: str, better: int) -> bool:
     """Whether a degenerate control beats every system on a metric."""
     values: dict[bool, list[float]] = {True: [], False: []}  # of controls, of systems
-    for system in summary["systems"].values():
-        if system.get(key) is not None:
+    for name, system in summary["systems"].items():
+        # People who are more diverse than a system say nothing against the figure.
+        if system.get(key) is not None and name != REFERENCES:
             # With its sign turned, a metric where less is better also has its best at the maximum.
             values[system["control"]].append(better * system[key]["mean"])
     both = values[True] and values[False]
@@ -83,21 +137,24 @@ def rewards_noise(summary: dict, key: str, better: int) -> bool:
 def headline(summary: dict) -> list[str]:
     """One sentence a system: its yield, and the difference from the first with its interval."""
     k, names = summary["k"], [name for name, s in summary["systems"].items() if not s["control"]]
+    terms = terms_of(summary)
     sentences = []
     for name in names:
         figure = summary["systems"][name].get(f"yield@{k}")
         if figure is None:
             continue
-        text = f"{name}: {figure['mean']:.2f} of {k} replies are coherent and different"
+        text = (f"{name}: {figure['mean']:.2f} of {k} {terms.replies} are {terms.good} and "
+                "different")
         difference = summary["differences"].get(f"{name} - {names[0]}", {}).get(f"yield@{k}")
         if difference:
             text += f", {with_interval(difference, sign='+')} against {names[0]}"
-        sentences.append(text)
+        sentences.append(text + mark_untrusted(summary))
     return sentences
 
 
 def notes(summary: dict) -> list[str]:
     """The judge with its agreement, what was left out, empty or unscored, and further figures."""
+    terms = terms_of(summary)
     sentences = [summary["judge"]["text"]]
     # k is None for files without common figures; older summaries have no drawn.
     k, drawn = summary["k"], summary.get("drawn")
@@ -113,14 +170,15 @@ def notes(summary: dict) -> list[str]:
             why = ", ".join(f"{count} {reason}" for reason, count in system["unscored"].items())
             text += f", {sum(system['unscored'].values())} unscored" + (f" ({why})" if why else "")
         if (rate := system.get("incoherence_rate")) is not None:
-            text += f"; Incoherence rate: {100 * rate['mean']:.1f}"
+            text += f"; Incoherence rate: {100 * rate['mean']:.1f}{mark_untrusted(summary)}"
         sentences.append(text)
     for pair, matched in summary["matched"].items():
         # What a control lacks in coherent replies says nothing about a system.
         if matched["left_out"] and "control" not in pair:
             sentences.append(
-                f"{pair} at equal coherence: {matched['prompts']} prompts; {matched['left_out']} "
-                "left out, where one of the two has fewer than two coherent replies")
+                f"{pair} at equal {terms.quality}: {matched['prompts']} prompts; "
+                f"{matched['left_out']} left out, where one of the two has fewer than two "
+                f"{terms.good} replies")
     for name, c in summary["controllability"].items():
         sentences.append(
             f"{name}: mutual information of number and class {c['excess']:.3f} nats above chance "
@@ -143,9 +201,11 @@ def print_common(summary: dict) -> None:
                   {s: with_half(systems[s].get(key), digits) for s in systems})
                  for section, key, name, _, better, digits in shown]
         _print_blocks(
-            console, f"{summary['rows']} prompts x {summary['k']} replies; mean ± 95 % interval",
+            console, f"{summary['rows']} prompts x {summary['k']} replies; mean ± 95 % interval"
+            + " over categories" * (terms_of(summary) is BY_PROGRAM),
             cells, {name: name.replace(": ", ":\n") for name in systems})
     _print_differences(console, summary, shown)
+    print_examples(console, summary.get("examples", []))
     for text in [*headline(summary), *notes(summary)]:
         console.print(text, markup=False)
     if noisy:
@@ -188,7 +248,7 @@ def _print_differences(console: Console, summary: dict, shown: list[tuple]) -> N
     first = next(iter(summary["systems"]))
     columns = {name: name.removesuffix(f" - {first}").replace(": ", ":\n")
                for name in summary["differences"]}
-    matched, cells = summary["matched"], []
+    matched, terms, cells = summary["matched"], terms_of(summary), []
 
     def add(section: str, name: str, digits: int, figures: dict[str, Figure | None]) -> None:
         # A metric that is defined for no pair would be a line of dashes.
@@ -199,7 +259,8 @@ def _print_differences(console: Console, summary: dict, shown: list[tuple]) -> N
     for section, key, name, _, _, digits in shown:
         add(section, name, digits, {c: summary["differences"][c].get(key) for c in columns})
     for _, key, name, _, _, digits in shown:
-        add("at equal coherence", f"{name}, eq. coh.", digits,
+        add(f"at equal {terms.quality}",
+            f"{name}, {terms.at_equal}{mark_untrusted(summary)}", digits,
             {c: matched[c]["measures"].get(key) if c in matched else None for c in columns})
     if cells:
         _print_blocks(console, f"minus {first}, paired by prompt; * the interval leaves out 0",
