@@ -36,6 +36,13 @@ def add_lora(model, args, **more):
     """
     settings = resolve_lora(args, model)
     targets = settings["lora_target_modules"]
+    if "all-linear" in targets and len(targets) > 1:
+        # In a list it is to PEFT a module's name like any other, which no module has.
+        fail(
+            USAGE,
+            f"--lora_target_modules {' '.join(targets)}: all-linear stands for every linear layer",
+            "give it alone, or name the modules",
+        )
     names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
     # PEFT compares a target with the end of a module's name, and refuses only if no target matches
     # any. One misspelt name among good ones would go unnoticed.

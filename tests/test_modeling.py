@@ -101,6 +101,13 @@ def test_only_the_adapter_is_trained_and_unknown_modules_are_named(capsys):
     assert "its modules: act_fn down_proj embed_tokens" in message and "all-linear" in message
 
 
+def test_all_linear_beside_other_names_is_refused_and_not_left_untrained(capsys):
+    """PEFT takes it for a module's name there, finds none, and would train lm_head alone."""
+    args = LORA.with_values(lora_target_modules=["all-linear", "lm_head"])
+    message = refused(capsys, 2, add_lora, make_model(20), args)
+    assert "all-linear stands for every linear layer" in message and "give it alone" in message
+
+
 @pytest.mark.parametrize("init", ["mean", "random", "description"])
 def test_new_tokens_start_as_they_are_told_and_the_same_every_time(init):
     names, tables = ["<one>", "<two>"], []
