@@ -76,7 +76,7 @@ def test_controls_show_what_diversity_alone_rewards(outs, tmp_path, score, capsy
     """Repeating is one class; moved replies are as diverse as they were, and less coherent."""
     systems = score([outs / "varied.jsonl"], tmp_path / "x.json", "--trust_judge")["systems"]
     assert [name for name, system in systems.items() if system["control"]] == [
-        "control: random words", "control: shuffled", "control: repeated"]
+        "control: random words", "control: shuffled", "control: repeated", "references"]
     varied, shuffled = systems["varied"], systems["control: shuffled"]
     assert systems["control: repeated"]["distinct_k"]["mean"] == 1
     assert shuffled["distinct-1"]["mean"] == varied["distinct-1"]["mean"]
