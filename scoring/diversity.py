@@ -20,6 +20,7 @@ NOTHING = "no response holds what it counts"
 def per_row(groups: Sequence[list[str]],
             embeddings: Sequence[np.ndarray]) -> dict[str, list[float | None]]:
     """The figures that have a value per row; embeddings: per row (k, D) unit vectors."""
+    # rows have one reply at least, so that a length is never None
     lengths = [metrics.mean_length(texts) for texts in groups]
     return {
         "sbert_diversity": [metrics.pairwise_diversity(vectors) for vectors in embeddings],
@@ -38,6 +39,7 @@ def of_corpus(groups: Sequence[Sequence[str]], vocabulary: int) -> dict[str, Fig
 
     They have no value per row, so they are left out of paired differences.
     """
+    # A figure of a pool grows or falls with the pool, so it is never the mean of its rows' figures.
     measures = {f"distinct-{n}": partial(metrics.distinct_n, n=n) for n in (1, 2)}
     measures |= {f"ead-{n}": partial(metrics.ead, n=n, vocab_size=vocabulary) for n in (1, 2)}
     return {name: rounded(statistics.jackknife(measure, groups))

@@ -37,6 +37,7 @@ def print_examples(console: Console, examples: list[dict]) -> None:
 
 def _styled(replies: list[dict]) -> Iterator[Text]:
     for reply in replies:
+        # On one line: a line break within a reply would tear the list of answers apart.
         text = " ".join(reply["text"].split())
         text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
         style = "dim strike" if reply["answer"] is None else "dim" if reply["repeated"] else ""
