@@ -73,9 +73,9 @@ def _checked(description: dict, counted: dict[str, dict], trust: bool) -> dict:
                        f"{of_control['asked']}" for name, of_control in counted.items())
     text = f"{description['text']}; accepted in its checks: {shares or 'nothing was asked'}"
     if not description["trusted"]:
-        text += (f". NOT TRUSTED: {description['reason']}; at most "
-                 f"{controls.percent(controls.MAX_ACCEPTED)} of a control and at least "
-                 f"{controls.percent(controls.MIN_ACCEPTED)} of the references may be. ")
+        text += (f". NOT TRUSTED: {description['reason']}; a judge passes with at most "
+                 f"{controls.percent(controls.MAX_ACCEPTED)} of each control and at least "
+                 f"{controls.percent(controls.MIN_ACCEPTED)} of the references. ")
         text += ("Its figures are shown all the same, marked ‡ (--trust_judge)"
                  if description["overridden"] else
                  "What hangs on its verdicts is withheld; --trust_judge shows it, marked")

@@ -18,7 +18,7 @@ from eval_cases import lines_of, score, script
 from judge_cases import replies_to, reply_in
 from servers import ok, rated, wait_for
 
-from scoring import controls, sources
+from scoring import controls
 
 serve, real_server = servers.serve, servers.real_server
 __all__ = ["score"]  # a fixture
@@ -132,13 +132,11 @@ def test_controls_are_sent_on_request_and_canaries_unless_told_not_to(
     assert "0 of 10 replies with a prompt injection were rated above" in said
 
 
-def test_a_missing_key_shows_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    """Rows are read before, since those that a program checks need no judge and no key."""
-    monkeypatch.setattr(sources, "load_embedder", None)
-    file = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "Hm?", "preds": ["Yes."]}])
+def test_a_missing_key_shows_before_any_row_is_read(tmp_path, monkeypatch, capsys):
+    """The file to evaluate does not even exist."""
     monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
     said = refused(capsys, 3, script.main, [
-        "--judge", "api", "--eval_file", str(file),
+        "--judge", "api", "--eval_file", str(tmp_path / "none.jsonl"),
         "--save_file", str(tmp_path / "x.json")])
     assert "TOGETHER_API_KEY is not set" in said and "--judge local" in said
 
