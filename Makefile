@@ -1,4 +1,4 @@
-# make demo   everything on the embedded model, from set-up to the result table (15 minutes on 2 cores)
+# make demo   right and different answers: the embedded model before and after training on lists of answers (6 minutes on 2 cores after set-up)
 # make test   set-up and all tests (8 minutes)
 # make control  method control on the embedded model: four models x nine conditions, one table (an hour)
 # make lint   ruff, and the layers of the rooms (import-linter)
@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
-ADAPTER := checkpoints/demo_peft/check_200
-DRAW := --test_file data/test_dialogs.jsonl --limit 40 --num_response_per_input 5 --decoding sampling --temperature 0.75
+ADAPTER := checkpoints/demo_answers/check_320
+DRAW := --test_file data/answers/test.jsonl --num_response_per_input 10 --decoding sampling --temperature 0.7 --max_new_tokens 16
 
 .PHONY: demo test control lint clean
 
@@ -62,15 +62,15 @@ $(READY): requirements.txt requirements-models.txt requirements-dev.txt pyprojec
 
 # Every step takes --resume: it starts from nothing as well, and goes on where an interrupted one stopped.
 $(ADAPTER)/COMPLETE.json: | $(READY)
-	$(RUN) train.py --config configs/possibility/smollm2_peft.yaml --resume
+	$(RUN) train.py --config configs/possibility/smollm2_answers.yaml --resume
 
 outs/.demo_base: | $(READY)
 	$(RUN) infer.py --model_name_or_path smollm2 --method base $(DRAW) --save_file outs/demo_base.jsonl --resume
 	@touch $@
 
-outs/.demo_peft: $(ADAPTER)/COMPLETE.json
-	$(RUN) infer.py --model_name_or_path $(ADAPTER)/ --method peft $(DRAW) --save_file outs/demo_peft.jsonl --resume
+outs/.demo_tuned: $(ADAPTER)/COMPLETE.json
+	$(RUN) infer.py --model_name_or_path $(ADAPTER)/ --method otm $(DRAW) --save_file outs/demo_tuned.jsonl --resume
 	@touch $@
 
-eval_logs/demo.json: outs/.demo_base outs/.demo_peft
-	$(RUN) eval.py --eval_file outs/demo_base.jsonl outs/demo_peft.jsonl --save_file $@ >/dev/null  # shown above
+eval_logs/demo.json: outs/.demo_base outs/.demo_tuned
+	$(RUN) eval.py --eval_file outs/demo_base.jsonl outs/demo_tuned.jsonl --save_file $@ >/dev/null  # shown above

@@ -60,7 +60,9 @@ def build_prompt(
     turns: the labelled turns to show, if not all of the context's.
     """
     # The published hint. An untuned model would otherwise answer at length, while a tuned one has
-    # learnt how long replies are.
+    # learnt how long replies are. A request whose answers can be checked says itself how to answer,
+    # and a second instruction would be held against the untuned model.
+    base = base and not ("answers" in row or "rule" in row)
     limit = ", in at most 25 words" if base else ""
     ask = "." if number is None else f": possibility number #{number}"
     if "prompt" in row:

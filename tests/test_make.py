@@ -56,7 +56,7 @@ def test_make_demo_draws_from_the_base_and_from_what_it_trains_and_compares_them
     base, tuned = steps["infer.py"]
     compared, shown = steps["eval.py"]
     folder_made = f"{training.output_dir}/{training.run_name}/check_{training.max_steps}/"
-    assert (training.method, base.method, tuned.method) == ("peft", "base", "peft")
+    assert (training.method, base.method, tuned.method) == ("otm", "base", "otm")
     assert tuned.model_name_or_path == folder_made
     assert training.model_name == base.model_name_or_path == "smollm2"
     assert compared.eval_file == [base.save_file, tuned.save_file]

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling.prompts import (
+    build_prompt,
     count_words,
     end_of_turn,
     fit_prompts,
@@ -93,3 +94,11 @@ def test_a_row_that_contains_a_special_or_added_token_is_named(capsys, mark):
     message = refused(capsys, 2, refuse_special_tokens, rows, tokenizer, "talk.jsonl")
     assert f"talk.jsonl: row 2 contains the special token {mark}" in message
     assert refuse_special_tokens(rows, tokenizer, "talk.jsonl", [mark]) is None
+
+
+def test_a_request_whose_answers_can_be_checked_gets_no_second_instruction():
+    """The untuned model is asked as the tuned one is: "Answer with the name only." stands alone."""
+    request = "Name a bird. Answer with the name only."
+    for ruler in ({"answers": [["crow"]]}, {"rule": {"type": "integer", "min": 1, "max": 9}}):
+        assert build_prompt({"prompt": request, **ruler}, base=True) == request
+    assert build_prompt({"prompt": request}, base=True).endswith("Answer, in at most 25 words.")
