@@ -1,4 +1,4 @@
-# make demo   right and different answers: the embedded model before and after training on lists of answers (6 minutes on 2 cores after set-up)
+# make demo   right and different answers: the embedded model before and after training on lists of answers (6 to 7 minutes on 2 cores after set-up)
 # make test   set-up and all tests (8 minutes)
 # make control  method control on the embedded model: four models x nine conditions, one table (an hour)
 # make lint   ruff, and the layers of the rooms (import-linter)
@@ -15,7 +15,7 @@ DRAW := --test_file data/answers/test.jsonl --num_response_per_input 10 --decodi
 
 demo: eval_logs/demo.json
 	@$(RUN) eval.py --show eval_logs/demo.json
-	@echo "read the responses: eval_logs/demo.jsonl; next: python train.py --help"
+	@echo "read the responses: eval_logs/demo.html (open it in a browser); next: python train.py --help"
 
 test: $(READY)
 	$(RUN) -m pytest

@@ -84,8 +84,6 @@ class Verdict(NamedTuple):
 
 # ---- two stages ---------------------------------------------------------------------------------
 
-POLICIES = ("published", "first", "second", "both", "mean")
-
 
 def needs_second(policy: str, first: Judgement | None) -> bool:
     """Whether stage 2 is asked; as published, where stage 1 gave no rating or one below 6."""

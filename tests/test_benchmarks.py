@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import DIALOGUES, ROOT, refused, write_jsonl
 
-from benchmarks import speed, unchanged
+from benchmarks import named, speed, unchanged
 from utils import USAGE
 
 
@@ -97,3 +97,16 @@ def test_a_run_that_fails_says_why_in_place_of_a_hash(tmp_path):
     run = unchanged.Run("base/x", ["infer.py"], "outs/x.jsonl", "preds")
     digest, what = unchanged._carry_out(run, ROOT, tmp_path)
     assert digest.startswith("failed: error: the following arguments are required") and not what
+
+
+def test_a_right_answer_is_named_as_whole_words_and_the_longest_one_counts(tmp_path, capsys):
+    answers = [["rye"], ["sea bass", "Sea-Bass"], ["bass"], ["ox"]]
+    assert named.named_answer("It is a sea bass!", answers) == 1
+    assert named.named_answer("A BASS.", answers) == 2
+    assert named.named_answer("a bassoon, an ox", answers) is None
+    rows = [{"prompt": "?", "answers": answers, "preds": ["a bass", "the bass", "sea-bass", "no"]},
+            {"prompt": "?", "rule": {"kind": "integer"}, "preds": ["1", "2", "3", "4"]}]
+    file = write_jsonl(tmp_path / "x.jsonl", rows)
+    named.main([str(file)])
+    assert "1 rows; 2.00 different" in (printed := capsys.readouterr().out)
+    assert "75% of the replies" in printed
